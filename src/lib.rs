@@ -1,0 +1,18 @@
+//! Serin, a traffic proxy for canary and gray releases.
+//!
+//! It stands in front of a service, splits requests between versions of it, and shows how each
+//! version does. One routing file says who gets which version; it is reloaded while requests run.
+//!
+//! The modules in the order in which a reader may want them:
+//!
+//! * [`proxy`]: one request's way, on one screen;
+//! * [`routing`]: which route, which backend, and why; pure;
+//! * [`backend`], [`upstream`]: the pool of one version, and the connections to it;
+//! * [`config`]: from the file's text to a configuration that cannot be wrong;
+//! * [`snapshot`], [`control`]: what requests are served by, and the only place that replaces it;
+//! * [`server`], [`admin`]: where clients and operators come in;
+//! * [`telemetry`], [`explain`]: what operators see;
+//! * [`app`]: where all of it is put together; [`cli`], [`demo`]: what runs it.
+//!
+//! `ARCHITECTURE.md` has the map, the invariants and the lexicon.
+
