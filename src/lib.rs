@@ -16,3 +16,4 @@
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the lexicon.
 
+pub mod routing;
