@@ -16,4 +16,5 @@
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the lexicon.
 
+pub mod backend;
 pub mod routing;
