@@ -1,0 +1,663 @@
+//! Every metric of Serin, defined once, and the handles through which they are touched.
+//!
+//! Handles are living state, kept by what they are labelled with: a reload finds them again. What a
+//! request touches is bound to its route and backend before the request comes; only its method and
+//! status are looked up, in a short list. Label values come from the configuration and from closed
+//! sets, never from a client.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use http::{Method, StatusCode, Version};
+use metrics::{Counter, Gauge, Histogram, Key, Label, Metadata, Recorder, Unit};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+
+use crate::routing::Reason;
+
+/// Upper bounds of the latency histograms in seconds: two below those of OpenTelemetry's
+/// `http.server.request.duration`.
+pub const DEFAULT_BUCKETS: [f64; 16] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+];
+
+/// The label value for what there is not: the route of a request that no route takes.
+pub const NONE: &str = "_NONE";
+
+/// The registry, and the handles that outlive snapshots.
+pub struct Metrics {
+    recorder: PrometheusRecorder,
+    handle: PrometheusHandle,
+    process: metrics_process::Collector,
+    targets: Mutex<HashMap<TargetLabels, Arc<TargetMetrics>>>,
+    gauges: Mutex<HashMap<Key, Arc<Level>>>,
+    /// Revision and hash of the configuration in force.
+    config_info: Mutex<(u64, u64)>,
+}
+
+/// What a request is counted under.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TargetLabels {
+    /// The route.
+    pub route: Arc<str>,
+    /// The backend.
+    pub backend: Arc<str>,
+    /// The backend's version.
+    pub version: Arc<str>,
+}
+
+/// The handles of one backend on one route.
+#[derive(Debug)]
+pub struct TargetMetrics {
+    requests: Family<(MethodLabel, StatusCode, Protocol)>,
+    upstream_errors: Family<&'static str>,
+    decisions: [OnceLock<Counter>; Reason::ALL.len()],
+    request_duration: OnceLock<Histogram>,
+    upstream_duration: OnceLock<Histogram>,
+    in_flight: Arc<Level>,
+    labels: TargetLabels,
+}
+
+/// A level that goes up and down by one, read when somebody asks.
+#[derive(Debug, Default)]
+pub struct Level(AtomicI64);
+
+/// Keeps a [`Level`] up by one until it is dropped.
+#[derive(Debug)]
+pub struct Up(Arc<Level>);
+
+/// The method of a request as a label: a closed set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MethodLabel(&'static str);
+
+/// The protocol of a request as a label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.0 and HTTP/1.1.
+    Http1,
+    /// HTTP/2.
+    Http2,
+}
+
+struct Definition {
+    name: &'static str,
+    kind: Kind,
+    unit: Option<Unit>,
+    help: &'static str,
+}
+
+enum Kind {
+    Counter,
+    Gauge,
+    Histogram,
+}
+
+/// All metrics, one line each, in the order of the documentation.
+const DEFINITIONS: &[Definition] = &[
+    counter(
+        "serin_requests_total",
+        "Requests answered, by status code; 499 is a client that went away.",
+    ),
+    histogram(
+        "serin_request_duration_seconds",
+        "Time from the request head to the last byte of the response.",
+    ),
+    histogram(
+        "serin_upstream_duration_seconds",
+        "Time from choosing a backend to the head of its response.",
+    ),
+    gauge("serin_requests_in_flight", None, "Requests being served."),
+    counter(
+        "serin_routing_decisions_total",
+        "Requests by the reason for which they got their backend.",
+    ),
+    counter(
+        "serin_upstream_errors_total",
+        "Attempts that brought no whole response, by RFC 9209 error type.",
+    ),
+    gauge(
+        "serin_backend_weight",
+        None,
+        "Weight of a backend on a route, as configured.",
+    ),
+    gauge("serin_connections_active", None, "Connections of clients."),
+    gauge(
+        "serin_upstream_connections",
+        None,
+        "Connections to endpoints, idle ones among them.",
+    ),
+    counter(
+        "serin_config_reloads_total",
+        "Reloads of the configuration, by result.",
+    ),
+    gauge(
+        "serin_config_last_reload_successful",
+        None,
+        "1 when the last reload was taken over, 0 when it was refused.",
+    ),
+    gauge(
+        "serin_config_last_reload_success_timestamp_seconds",
+        Some(Unit::Seconds),
+        "When the configuration in force was taken over.",
+    ),
+    gauge("serin_config_info", None, CONFIG_INFO),
+    gauge(
+        "serin_config_restart_required",
+        None,
+        "1 when the file says something that only a restart can change.",
+    ),
+    gauge(
+        "serin_config_watch_polling",
+        None,
+        "1 when file changes are found by polling alone, since watching failed.",
+    ),
+    gauge("serin_user_list_entries", None, "Ids on a user list."),
+    gauge(
+        "serin_user_list_bytes",
+        Some(Unit::Bytes),
+        "Memory that a user list takes.",
+    ),
+    gauge(
+        "serin_user_list_last_load_successful",
+        None,
+        "1 when the list file was last read whole, 0 when it was refused.",
+    ),
+    gauge(
+        "serin_user_list_last_load_success_timestamp_seconds",
+        Some(Unit::Seconds),
+        "When the list in force was read.",
+    ),
+    gauge(
+        "serin_user_list_expiry_timestamp_seconds",
+        Some(Unit::Seconds),
+        "When the list should be gone, where the configuration says so.",
+    ),
+    gauge("serin_workers", None, "Worker threads."),
+    gauge(
+        "serin_build_info",
+        None,
+        "The build: its version; always 1.",
+    ),
+];
+
+const CONFIG_INFO: &str =
+    "The configuration in force: its revision and the hash of its file; always 1.";
+
+const fn counter(name: &'static str, help: &'static str) -> Definition {
+    Definition {
+        name,
+        kind: Kind::Counter,
+        unit: None,
+        help,
+    }
+}
+
+const fn gauge(name: &'static str, unit: Option<Unit>, help: &'static str) -> Definition {
+    Definition {
+        name,
+        kind: Kind::Gauge,
+        unit,
+        help,
+    }
+}
+
+const fn histogram(name: &'static str, help: &'static str) -> Definition {
+    Definition {
+        name,
+        kind: Kind::Histogram,
+        unit: Some(Unit::Seconds),
+        help,
+    }
+}
+
+// === impl Metrics ===
+
+impl Metrics {
+    /// An empty registry whose latency histograms have these upper bounds in seconds.
+    pub fn new(buckets: &[f64]) -> Self {
+        let recorder = PrometheusBuilder::new()
+            .set_buckets(if buckets.is_empty() {
+                &DEFAULT_BUCKETS
+            } else {
+                buckets
+            })
+            .expect("the list of buckets is not empty")
+            .build_recorder();
+        for definition in DEFINITIONS {
+            definition.describe(&recorder);
+        }
+        let process = metrics_process::Collector::default();
+        metrics::with_local_recorder(&recorder, || process.describe());
+        let metrics = Self {
+            handle: recorder.handle(),
+            recorder,
+            process,
+            targets: Mutex::default(),
+            gauges: Mutex::default(),
+            config_info: Mutex::default(),
+        };
+        metrics
+            .gauge(
+                "serin_build_info",
+                &[("version", env!("CARGO_PKG_VERSION"))],
+            )
+            .set(1.0);
+        metrics
+    }
+
+    /// All metrics in the text format of Prometheus.
+    pub fn render(&self) -> String {
+        for (key, level) in self.lock_gauges().iter() {
+            self.recorder
+                .register_gauge(key, &METADATA)
+                .set(level.get() as f64);
+        }
+        metrics::with_local_recorder(&self.recorder, || self.process.collect());
+        self.handle.render() + &self.render_config_info()
+    }
+
+    /// Notes which configuration is in force.
+    pub fn set_config_info(&self, revision: u64, hash: u64) {
+        *self
+            .config_info
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = (revision, hash);
+    }
+
+    /// The registry never forgets a series, and every revision would leave one behind; so this one
+    /// is written by hand.
+    fn render_config_info(&self) -> String {
+        let (revision, hash) = *self
+            .config_info
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        format!(
+            "# HELP serin_config_info {CONFIG_INFO}\n\
+             # TYPE serin_config_info gauge\n\
+             serin_config_info{{revision=\"{revision}\",hash=\"{hash:016x}\"}} 1\n"
+        )
+    }
+
+    /// Takes the samples of histograms out of their buffers, which would otherwise grow until the
+    /// next scrape.
+    pub fn run_upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+
+    /// A gauge by name and labels.
+    pub fn gauge(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Gauge {
+        self.recorder.register_gauge(&key(name, labels), &METADATA)
+    }
+
+    /// A counter by name and labels.
+    pub fn counter(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Counter {
+        self.recorder
+            .register_counter(&key(name, labels), &METADATA)
+    }
+
+    /// A level by name and labels, the same one for the same labels.
+    pub fn level(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Arc<Level> {
+        Arc::clone(self.lock_gauges().entry(key(name, labels)).or_default())
+    }
+
+    /// The handles of a backend on a route, the same ones for the same labels.
+    pub fn target(&self, labels: &TargetLabels) -> Arc<TargetMetrics> {
+        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = targets.get(labels) {
+            return Arc::clone(known);
+        }
+        let created = Arc::new(TargetMetrics {
+            requests: Family::default(),
+            upstream_errors: Family::default(),
+            decisions: Default::default(),
+            request_duration: OnceLock::new(),
+            upstream_duration: OnceLock::new(),
+            in_flight: self.level("serin_requests_in_flight", &labels.pairs()),
+            labels: labels.clone(),
+        });
+        targets.insert(labels.clone(), Arc::clone(&created));
+        created
+    }
+
+    /// Forgets the handles that nobody holds any longer. What they counted stays, as
+    /// Prometheus expects.
+    pub fn prune(&self) {
+        self.targets
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|_, target| Arc::strong_count(target) > 1);
+        // The registry cannot forget a gauge; it must not show an old level for ever.
+        self.lock_gauges().retain(|key, level| {
+            let held = Arc::strong_count(level) > 1;
+            if !held {
+                self.recorder.register_gauge(key, &METADATA).set(0.0);
+            }
+            held
+        });
+    }
+
+    fn lock_gauges(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Arc<Level>>> {
+        self.gauges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+// === impl TargetMetrics ===
+
+impl TargetMetrics {
+    /// Counts a decision for this target.
+    pub fn count_decision(&self, metrics: &Metrics, reason: Reason) {
+        let labels = [
+            ("route", &*self.labels.route),
+            ("backend", &*self.labels.backend),
+            ("reason", reason.as_str()),
+        ];
+        self.decisions[reason as usize]
+            .get_or_init(|| metrics.counter("serin_routing_decisions_total", &labels))
+            .increment(1);
+    }
+
+    /// Counts a finished request and the time it took.
+    pub fn count_request(
+        &self,
+        metrics: &Metrics,
+        method: MethodLabel,
+        status: StatusCode,
+        protocol: Protocol,
+        duration: Duration,
+    ) {
+        self.requests
+            .get((method, status, protocol), || {
+                let [route, backend, version] = self.labels.pairs();
+                let tail = [
+                    ("method", method.0),
+                    ("code", status.as_str()),
+                    ("protocol", protocol.as_str()),
+                ];
+                let [method, code, protocol] = tail;
+                metrics.counter(
+                    "serin_requests_total",
+                    &[route, backend, version, method, code, protocol],
+                )
+            })
+            .increment(1);
+        self.request_duration
+            .get_or_init(|| {
+                metrics.histogram("serin_request_duration_seconds", &self.labels.pairs())
+            })
+            .record(duration.as_secs_f64());
+    }
+
+    /// Counts the time until the head of a response stood.
+    pub fn count_response_head(&self, metrics: &Metrics, duration: Duration) {
+        self.upstream_duration
+            .get_or_init(|| {
+                metrics.histogram("serin_upstream_duration_seconds", &self.labels.pairs())
+            })
+            .record(duration.as_secs_f64());
+    }
+
+    /// Counts an attempt that brought no whole response.
+    pub fn count_upstream_error(&self, metrics: &Metrics, error: &'static str) {
+        let labels = [
+            ("route", &*self.labels.route),
+            ("backend", &*self.labels.backend),
+            ("error", error),
+        ];
+        self.upstream_errors
+            .get(error, || {
+                metrics.counter("serin_upstream_errors_total", &labels)
+            })
+            .increment(1);
+    }
+
+    /// The number of its requests in flight.
+    pub fn in_flight(&self) -> &Arc<Level> {
+        &self.in_flight
+    }
+}
+
+impl Metrics {
+    fn histogram(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Histogram {
+        self.recorder
+            .register_histogram(&key(name, labels), &METADATA)
+    }
+}
+
+// === impl TargetLabels ===
+
+impl TargetLabels {
+    fn pairs(&self) -> [(&'static str, &str); 3] {
+        [
+            ("route", &self.route),
+            ("backend", &self.backend),
+            ("version", &self.version),
+        ]
+    }
+}
+
+// === impl Level ===
+
+impl Level {
+    /// Puts the level up by one for as long as the guard lives.
+    pub fn up(self: &Arc<Self>) -> Up {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Up(Arc::clone(self))
+    }
+
+    /// The level now.
+    pub fn get(&self) -> i64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Up {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+// === impl MethodLabel ===
+
+impl From<&Method> for MethodLabel {
+    /// Methods that are not registered count as `_OTHER`, as OpenTelemetry has it: a client must
+    /// not make labels.
+    fn from(method: &Method) -> Self {
+        Self(match *method {
+            Method::GET => "GET",
+            Method::HEAD => "HEAD",
+            Method::POST => "POST",
+            Method::PUT => "PUT",
+            Method::DELETE => "DELETE",
+            Method::CONNECT => "CONNECT",
+            Method::OPTIONS => "OPTIONS",
+            Method::TRACE => "TRACE",
+            Method::PATCH => "PATCH",
+            _ => "_OTHER",
+        })
+    }
+}
+
+// === impl Protocol ===
+
+impl Protocol {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Http1 => "http1",
+            Self::Http2 => "http2",
+        }
+    }
+}
+
+impl From<Version> for Protocol {
+    fn from(version: Version) -> Self {
+        if version == Version::HTTP_2 {
+            Self::Http2
+        } else {
+            Self::Http1
+        }
+    }
+}
+
+// === impl Definition ===
+
+impl Definition {
+    fn describe(&self, recorder: &PrometheusRecorder) {
+        let (name, help) = (self.name.into(), self.help.into());
+        match self.kind {
+            Kind::Counter => recorder.describe_counter(name, self.unit, help),
+            Kind::Gauge => recorder.describe_gauge(name, self.unit, help),
+            Kind::Histogram => recorder.describe_histogram(name, self.unit, help),
+        }
+    }
+}
+
+/// The names of all metrics with what they mean, for the documentation's test.
+pub fn documented() -> impl Iterator<Item = (&'static str, &'static str)> {
+    DEFINITIONS
+        .iter()
+        .map(|definition| (definition.name, definition.help))
+}
+
+static METADATA: Metadata<'static> =
+    Metadata::new(module_path!(), metrics::Level::INFO, Some(module_path!()));
+
+fn key(name: &'static str, labels: &[(&'static str, &str)]) -> Key {
+    let labels: Vec<Label> = labels
+        .iter()
+        .map(|(name, value)| Label::new(*name, (*value).to_owned()))
+        .collect();
+    Key::from_parts(name, labels)
+}
+
+/// The counters of one metric that differ in a label known only when a request ends.
+///
+/// A list that only grows, read without a lock: a backend answers with few codes to few methods, so
+/// the counter wanted is among the first, and a miss is rare enough to register a new one on the
+/// spot.
+#[derive(Debug)]
+struct Family<K> {
+    first: OnceLock<Box<Member<K>>>,
+}
+
+#[derive(Debug)]
+struct Member<K> {
+    key: K,
+    counter: Counter,
+    next: OnceLock<Box<Self>>,
+}
+
+impl<K> Default for Family<K> {
+    fn default() -> Self {
+        Self {
+            first: OnceLock::new(),
+        }
+    }
+}
+
+impl<K: Copy + PartialEq> Family<K> {
+    fn get(&self, key: K, register: impl Fn() -> Counter) -> &Counter {
+        let mut slot = &self.first;
+        loop {
+            // Another thread may win the slot for another key; then the search goes on behind it.
+            let member = slot.get_or_init(|| {
+                Box::new(Member {
+                    key,
+                    counter: register(),
+                    next: OnceLock::new(),
+                })
+            });
+            if member.key == key {
+                return &member.counter;
+            }
+            slot = &member.next;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(metrics: &Metrics) -> Arc<TargetMetrics> {
+        metrics.target(&TargetLabels {
+            route: "shop".into(),
+            backend: "canary".into(),
+            version: "2".into(),
+        })
+    }
+
+    #[test]
+    fn a_request_is_counted_once_under_its_labels() {
+        let metrics = Metrics::new(&[]);
+        let target = target(&metrics);
+        for code in [200, 200, 503] {
+            let status = StatusCode::from_u16(code).unwrap();
+            let method = MethodLabel::from(&Method::GET);
+            target.count_request(
+                &metrics,
+                method,
+                status,
+                Protocol::Http1,
+                Duration::from_millis(3),
+            );
+        }
+        let text = metrics.render();
+        let labels = r#"route="shop",backend="canary",version="2""#;
+        assert!(
+            text.contains(&format!(
+                "serin_requests_total{{{labels},method=\"GET\",code=\"200\",protocol=\"http1\"}} 2"
+            )),
+            "{text}"
+        );
+        assert!(text.contains(&format!(
+            "serin_requests_total{{{labels},method=\"GET\",code=\"503\",protocol=\"http1\"}} 1"
+        )));
+        assert!(text.contains(&format!(
+            "serin_request_duration_seconds_bucket{{{labels},le=\"0.005\"}} 3"
+        )));
+    }
+
+    #[test]
+    fn levels_follow_their_guards_and_handles_survive() {
+        let metrics = Metrics::new(&[]);
+        let up = target(&metrics).in_flight().up();
+        assert!(
+            metrics.render().contains(
+                r#"serin_requests_in_flight{route="shop",backend="canary",version="2"} 1"#
+            )
+        );
+        drop(up);
+        metrics.prune();
+        assert!(
+            metrics.render().contains(
+                r#"serin_requests_in_flight{route="shop",backend="canary",version="2"} 0"#
+            )
+        );
+    }
+
+    #[test]
+    fn clients_cannot_make_labels() {
+        let method = Method::from_bytes(b"X-RANDOM-123").unwrap();
+        assert_eq!(MethodLabel::from(&method), MethodLabel("_OTHER"));
+    }
+
+    #[test]
+    fn every_metric_has_its_help_and_type() {
+        let metrics = Metrics::new(&[]);
+        target(&metrics).count_decision(&metrics, Reason::Rule);
+        let text = metrics.render();
+        assert!(text.contains("# HELP serin_routing_decisions_total "));
+        assert!(text.contains("# TYPE serin_build_info gauge"));
+        for (name, help) in documented() {
+            assert!(name.starts_with("serin_") && help.ends_with('.'), "{name}");
+        }
+    }
+}
