@@ -17,5 +17,6 @@
 //! `ARCHITECTURE.md` has the map, the invariants and the lexicon.
 
 pub mod backend;
+pub mod config;
 pub mod routing;
 pub mod telemetry;

@@ -1,0 +1,186 @@
+//! Configuration: from the file's text to values that cannot be wrong.
+//!
+//! ```text
+//! text --Node::parse--> tree with positions --decode--> ConfigFile --check--> Config
+//! ```
+//!
+//! Every stage reports all the problems it finds, each with its place. Nothing past `check` sees a
+//! [`ConfigFile`]; names are resolved to positions, so that a dangling reference is found here and
+//! never at run time.
+
+mod check;
+mod decode;
+pub mod document;
+pub mod file;
+pub mod load;
+pub mod problem;
+pub mod value;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::header::HeaderName;
+use ipnet::IpNet;
+
+use crate::backend::{ConnectionPolicy, HeaderEdits};
+use crate::routing::gray::WithoutIdentity;
+use crate::routing::identity::IdentitySource;
+use crate::routing::matcher::Condition;
+use crate::routing::split::Weight;
+use crate::routing::table::{Hostname, RouteMatch};
+use crate::routing::{Target, user_list};
+
+pub use file::{ConfigFile, Workers};
+pub use problem::{Problem, Problems};
+
+/// A configuration that has been checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where requests come in.
+    pub listeners: Vec<Listener>,
+    /// Where operators come in.
+    pub admin: SocketAddr,
+    /// How many worker threads there are.
+    pub workers: Workers,
+    /// How long requests in flight may take to finish on SIGTERM.
+    pub shutdown_timeout: Duration,
+    /// Upper bounds of the latency histograms in seconds.
+    pub duration_buckets: Vec<f64>,
+    /// The versions there are.
+    pub backends: Vec<Backend>,
+    /// The user lists there are.
+    pub user_lists: Vec<UserList>,
+    /// The routes in the order of the file.
+    pub routes: Vec<Route>,
+}
+
+/// A socket that takes requests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Who is believed about the client.
+    pub trusted_proxies: Arc<[IpNet]>,
+    /// How long a connection may stand without a complete request head.
+    pub idle_timeout: Duration,
+}
+
+/// One version of a service.
+#[derive(Clone, Debug)]
+pub struct Backend {
+    /// Its name.
+    pub name: Arc<str>,
+    /// The version it runs.
+    pub version: Arc<str>,
+    /// Its servers.
+    pub endpoints: Vec<SocketAddr>,
+    /// The kill switch.
+    pub disabled: bool,
+    /// Changes to requests.
+    pub request_headers: HeaderEdits,
+    /// Changes to responses.
+    pub response_headers: HeaderEdits,
+    /// How its endpoints are connected to.
+    pub connections: ConnectionPolicy,
+}
+
+/// A list of user ids.
+#[derive(Clone, Debug)]
+pub struct UserList {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Where its ids come from.
+    pub source: ListSource,
+    /// Who answers for it.
+    pub owner: Option<String>,
+    /// When it should be gone, in seconds since 1970.
+    pub expires_at: Option<u64>,
+}
+
+/// Where the ids of a list come from: what makes two lists the same list.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ListSource {
+    /// The file.
+    pub path: PathBuf,
+    /// How it is written.
+    pub format: user_list::Format,
+}
+
+/// The position of a backend in [`Config::backends`].
+pub type BackendIndex = usize;
+
+/// The position of a list in [`Config::user_lists`].
+pub type ListIndex = usize;
+
+/// A route.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// Its name.
+    pub name: Arc<str>,
+    /// The hosts it serves; none means any.
+    pub hostnames: Vec<Hostname>,
+    /// What it takes of them; never empty.
+    pub matches: Vec<RouteMatch>,
+    /// What it splits among; never empty, the first is the baseline.
+    pub targets: Vec<RouteTarget>,
+    /// The limit of a whole exchange.
+    pub request_timeout: Option<Duration>,
+    /// The limit of waiting for the head of a response.
+    pub backend_timeout: Option<Duration>,
+    /// Who gets which target.
+    pub gray: Gray,
+    /// Whether responses name their version.
+    pub expose_version: bool,
+}
+
+/// A backend of a route, and its weight.
+#[derive(Clone, Copy, Debug)]
+pub struct RouteTarget {
+    /// The backend.
+    pub backend: BackendIndex,
+    /// Its part of the whole.
+    pub weight: Weight,
+}
+
+/// Who gets which target.
+#[derive(Clone, Debug)]
+pub struct Gray {
+    /// Where the user's id is looked for.
+    pub identity: Arc<[IdentitySource]>,
+    /// Whether only trusted proxies may say who the user is.
+    pub trusted_only: bool,
+    /// What happens without an identity.
+    pub without_identity: WithoutIdentity,
+    /// What makes this split its own.
+    pub salt: String,
+    /// Users who always get the baseline.
+    pub deny_list: Option<ListIndex>,
+    /// The header and the cookie in which a client may name a backend.
+    pub client_override: Option<(Option<HeaderName>, Option<String>)>,
+    /// The rules in the order of the file.
+    pub rules: Vec<Rule>,
+    /// The `Vary` header, where the file gives it.
+    pub vary: Option<Vec<HeaderName>>,
+    /// Who is shown how it was decided.
+    pub debug_clients: Arc<[IpNet]>,
+}
+
+/// A rule with a target of its own.
+#[derive(Clone, Debug)]
+pub struct Rule {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Where its requests go.
+    pub target: Target,
+    /// The list that the user must be on.
+    pub user_list: Option<ListIndex>,
+    /// What else must hold.
+    pub conditions: Arc<[Condition]>,
+}
+
+#[cfg(test)]
+mod tests;

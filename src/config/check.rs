@@ -1,0 +1,459 @@
+//! From the file's shape to a [`Config`]: every name resolved, every value parsed, every problem
+//! reported.
+//!
+//! Pure: files that the configuration names (keys) are read through a function that is handed in.
+
+mod backend;
+mod gray;
+mod route;
+mod user_list;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::Path as FilePath;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::telemetry::metrics::DEFAULT_BUCKETS;
+
+use super::document::{Node, Path};
+use super::file::{self, ConfigFile};
+use super::problem::{Problem, Severity, did_you_mean};
+use super::value::Misfit;
+use super::{Config, Listener, UserList, value};
+
+/// What checking needs of the world around the file.
+pub(super) struct Surroundings<'s> {
+    /// The directory that relative file names are relative to.
+    pub(super) directory: &'s FilePath,
+    /// Reads a file that the configuration names; the error completes "`NAME` ...".
+    pub(super) read: &'s dyn Fn(&FilePath) -> Result<Vec<u8>, String>,
+    /// Seconds since 1970.
+    pub(super) now: u64,
+}
+
+/// What checking a file gives.
+pub(super) struct Checked {
+    /// The configuration; `None` when there is an error among the problems.
+    pub(super) config: Option<Config>,
+    /// The user lists that are sound, with their places in the file, whatever is wrong elsewhere.
+    pub(super) user_lists: Vec<(Path, UserList)>,
+    /// Every problem, those found before among them.
+    pub(super) problems: Vec<Problem>,
+}
+
+/// Checks a file in which problems may have been found before.
+pub(super) fn check(
+    file: &ConfigFile,
+    document: &Node,
+    around: &Surroundings<'_>,
+    found: Vec<Problem>,
+) -> Checked {
+    let mut checker = Checker {
+        document,
+        around,
+        problems: found,
+        user_lists: Vec::new(),
+    };
+    let config = checker.config(file);
+    let sound = !checker
+        .problems
+        .iter()
+        .any(|problem| problem.severity == Severity::Error);
+    Checked {
+        config: config.filter(|_| sound),
+        user_lists: checker.user_lists,
+        problems: checker.problems,
+    }
+}
+
+/// Collects problems along the way. Methods return `None` for what has one; it is always reported
+/// by then.
+struct Checker<'c> {
+    document: &'c Node,
+    around: &'c Surroundings<'c>,
+    problems: Vec<Problem>,
+    user_lists: Vec<(Path, UserList)>,
+}
+
+/// The names that may be referred to, with their positions.
+struct Names {
+    kind: &'static str,
+    positions: HashMap<String, usize>,
+    used: Vec<bool>,
+    /// Names of entries that had to be cut out: referring to them is no second problem.
+    lost: Vec<String>,
+    /// There are entries whose names nobody can know: what leads nowhere may have been meant to
+    /// lead there.
+    nameless: bool,
+    /// Some reference led nowhere: what seems unused may only be misspelt there.
+    unresolved: bool,
+}
+
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(25);
+const ADMIN_ADDRESS: &str = "127.0.0.1:9901";
+
+// === impl Checker ===
+
+impl Checker<'_> {
+    fn config(&mut self, file: &ConfigFile) -> Option<Config> {
+        let root = Path::default();
+        // Else what seems unused may have been used by something that was cut out.
+        let decoded_whole = self.problems.is_empty();
+        let listeners = self.listeners(&file.listeners, &root.key("listeners"));
+        let admin = self.parse(
+            file.admin.address.as_deref().unwrap_or(ADMIN_ADDRESS),
+            &root.key("admin").key("address"),
+            value::socket_address,
+        );
+        let shutdown = root.key("shutdown").key("timeout");
+        let shutdown_timeout = self.duration(
+            file.shutdown.timeout.as_deref(),
+            SHUTDOWN_TIMEOUT,
+            &shutdown,
+        );
+        let duration_buckets = self.buckets(file.telemetry.duration_buckets.as_deref(), &root);
+
+        let mut backend_names = self.names(
+            "backend",
+            file.backends.iter().map(|entry| entry.name.as_str()),
+            &root.key("backends"),
+        );
+        let mut list_names = self.names(
+            "user list",
+            file.user_lists.iter().map(|entry| entry.name.as_str()),
+            &root.key("userLists"),
+        );
+        self.names(
+            "route",
+            file.routes.iter().map(|entry| entry.name.as_str()),
+            &root.key("routes"),
+        );
+
+        let backends = self.each(&file.backends, &root.key("backends"), Self::backend);
+        let user_lists = self.each(
+            &file.user_lists,
+            &root.key("userLists"),
+            |checker, list, at| {
+                let list = checker.user_list(list, at)?;
+                checker.user_lists.push((at.clone(), list.clone()));
+                Some(list)
+            },
+        );
+        let routes = self.each(&file.routes, &root.key("routes"), |checker, route, at| {
+            checker.route(
+                route,
+                at,
+                &file.backends,
+                &mut backend_names,
+                &mut list_names,
+            )
+        });
+        if decoded_whole {
+            self.warn_of_unused(&backend_names, &root.key("backends"));
+            self.warn_of_unused(&list_names, &root.key("userLists"));
+        }
+        let routes_at = root.key("routes");
+        if file.routes.is_empty() && !self.document.is_maimed(&routes_at) {
+            self.warn(
+                &routes_at,
+                "there are no routes: every request gets 404",
+                None,
+            );
+        }
+        Some(Config {
+            listeners: listeners?,
+            admin: admin?,
+            workers: file.workers,
+            shutdown_timeout: shutdown_timeout?,
+            duration_buckets: duration_buckets?,
+            backends: backends?,
+            user_lists: user_lists?,
+            routes: routes?,
+        })
+    }
+
+    fn listeners(&mut self, listeners: &[file::Listener], at: &Path) -> Option<Vec<Listener>> {
+        if listeners.is_empty() && !self.document.is_maimed(at) {
+            self.error(
+                at,
+                "there is no listener: nothing would take requests",
+                None,
+            );
+        }
+        self.names(
+            "listener",
+            listeners.iter().map(|listener| listener.name.as_str()),
+            at,
+        );
+        let addresses: Vec<Option<SocketAddr>> = listeners
+            .iter()
+            .map(|listener| value::socket_address(&listener.address).ok())
+            .collect();
+        for (position, address) in addresses.iter().enumerate() {
+            // Port 0 asks for any free port, so two of them do not collide.
+            let Some(address) = address.filter(|address| address.port() != 0) else {
+                continue;
+            };
+            if let Some(earlier) = addresses[..position]
+                .iter()
+                .position(|other| *other == Some(address))
+            {
+                let message = format!(
+                    "listener `{}` has this address already",
+                    listeners[earlier].name
+                );
+                self.error(&at.index(position).key("address"), message, None);
+            }
+        }
+        self.each(listeners, at, Self::listener)
+    }
+
+    fn listener(&mut self, listener: &file::Listener, at: &Path) -> Option<Listener> {
+        let name = self.name(&listener.name, at);
+        let address = self.parse(&listener.address, &at.key("address"), value::socket_address);
+        let trusted_proxies = self.networks(&listener.trusted_proxies, &at.key("trustedProxies"));
+        let idle = at.key("timeouts").key("idle");
+        let idle_timeout = self.duration(listener.timeouts.idle.as_deref(), IDLE_TIMEOUT, &idle);
+        if idle_timeout == Some(Duration::ZERO) {
+            self.error(
+                &idle,
+                "an idle timeout of 0 would close every connection at once",
+                None,
+            );
+        }
+        Some(Listener {
+            name: name?,
+            address: address?,
+            trusted_proxies: trusted_proxies?,
+            idle_timeout: idle_timeout?,
+        })
+    }
+
+    fn buckets(&mut self, buckets: Option<&[f64]>, root: &Path) -> Option<Vec<f64>> {
+        let at = root.key("telemetry").key("durationBuckets");
+        let Some(buckets) = buckets else {
+            return Some(DEFAULT_BUCKETS.to_vec());
+        };
+        let ascending = buckets.windows(2).all(|pair| pair[0] < pair[1]);
+        if buckets.is_empty()
+            || !ascending
+            || buckets
+                .iter()
+                .any(|bound| !bound.is_finite() || *bound <= 0.0)
+        {
+            self.error(
+                &at,
+                "buckets are seconds above 0 in ascending order, at least one",
+                None,
+            );
+            return None;
+        }
+        Some(buckets.to_vec())
+    }
+
+    fn networks(&mut self, texts: &[String], at: &Path) -> Option<Arc<[IpNet]>> {
+        self.each(texts, at, |checker, text, at| {
+            checker.parse(text, at, value::cidr)
+        })
+        .map(Into::into)
+    }
+
+    fn name(&mut self, text: &str, at: &Path) -> Option<Arc<str>> {
+        self.parse(text, &at.key("name"), value::name)
+            .map(Into::into)
+    }
+
+    fn duration(&mut self, text: Option<&str>, default: Duration, at: &Path) -> Option<Duration> {
+        text.map_or(Some(default), |text| self.parse(text, at, value::duration))
+    }
+
+    /// Checks every element, so that the problems of all are reported.
+    fn each<T, U>(
+        &mut self,
+        items: &[T],
+        at: &Path,
+        mut check: impl FnMut(&mut Self, &T, &Path) -> Option<U>,
+    ) -> Option<Vec<U>> {
+        let checked: Vec<Option<U>> = items
+            .iter()
+            .enumerate()
+            .map(|(position, item)| check(self, item, &at.index(position)))
+            .collect();
+        checked.into_iter().collect()
+    }
+
+    /// Parses a scalar; the reason of a failure completes "`TEXT` ...".
+    fn parse<T>(
+        &mut self,
+        text: &str,
+        at: &Path,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Option<T> {
+        parse(text)
+            .map_err(|reason| self.error(at, format!("`{text}` {reason}"), None))
+            .ok()
+    }
+
+    /// As [`parse`](Self::parse), for a text that stands as a key.
+    fn parse_key<T>(
+        &mut self,
+        text: &str,
+        at: &Path,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Option<T> {
+        let span = self.document.locate_key(at);
+        parse(text)
+            .map_err(|reason| {
+                let message = format!("`{text}` {reason}");
+                self.problems.push(Problem {
+                    severity: Severity::Error,
+                    span,
+                    path: at.to_string(),
+                    message,
+                    hint: None,
+                });
+            })
+            .ok()
+    }
+
+    /// As [`parse`](Self::parse), for what may be left out.
+    fn optional<T>(
+        &mut self,
+        text: Option<&str>,
+        at: &Path,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Option<Option<T>> {
+        text.map_or(Some(None), |text| self.parse(text, at, parse).map(Some))
+    }
+
+    /// Parses a condition, unless a part of it has been cut out.
+    fn whole<T, U>(
+        &mut self,
+        condition: &T,
+        at: &Path,
+        parse: impl Fn(&T) -> Result<U, Misfit>,
+    ) -> Option<U> {
+        if self.document.is_maimed(at) {
+            return None;
+        }
+        parse(condition)
+            .map_err(|misfit| self.error(&at.key(misfit.key), misfit.reason, None))
+            .ok()
+    }
+
+    /// Collects the names of a section and reports those that come twice.
+    fn names<'n>(
+        &mut self,
+        kind: &'static str,
+        names: impl Iterator<Item = &'n str>,
+        at: &Path,
+    ) -> Names {
+        let mut positions = HashMap::new();
+        for (position, name) in names.enumerate() {
+            if positions.insert(name.to_owned(), position).is_some() {
+                self.error(
+                    &at.index(position).key("name"),
+                    format!("there are two {kind}s named `{name}`"),
+                    None,
+                );
+            }
+        }
+        let used = vec![false; positions.len()];
+        let lost = self.document.lost_names(at).map(str::to_owned).collect();
+        Names {
+            kind,
+            positions,
+            used,
+            lost,
+            nameless: self.document.has_nameless(at),
+            unresolved: false,
+        }
+    }
+
+    fn resolve_optional(
+        &mut self,
+        name: Option<&str>,
+        at: &Path,
+        names: &mut Names,
+    ) -> Option<Option<usize>> {
+        name.map_or(Some(None), |name| self.resolve(name, at, names).map(Some))
+    }
+
+    fn resolve(&mut self, name: &str, at: &Path, names: &mut Names) -> Option<usize> {
+        if let Some(position) = names.positions.get(name) {
+            if let Some(used) = names.used.get_mut(*position) {
+                *used = true;
+            }
+            return Some(*position);
+        }
+        names.unresolved = true;
+        let hint = names.nearest(name);
+        if !names.lost.iter().any(|lost| lost == name) && (hint.is_some() || !names.nameless) {
+            self.error(at, format!("unknown {} `{name}`", names.kind), hint);
+        }
+        None
+    }
+
+    fn warn_of_unused(&mut self, names: &Names, at: &Path) {
+        if names.unresolved {
+            return;
+        }
+        let mut unused: Vec<(&String, &usize)> = names
+            .positions
+            .iter()
+            .filter(|(_, position)| names.used.get(**position) == Some(&false))
+            .collect();
+        unused.sort_by_key(|(_, position)| **position);
+        for (name, position) in unused {
+            let message = format!("{} `{name}` is not used by any route", names.kind);
+            self.warn(&at.index(*position).key("name"), message, None);
+        }
+    }
+
+    fn error(&mut self, at: &Path, message: impl Into<String>, hint: Option<String>) {
+        self.report(Severity::Error, at, message.into(), hint);
+    }
+
+    fn warn(&mut self, at: &Path, message: impl Into<String>, hint: Option<String>) {
+        self.report(Severity::Warning, at, message.into(), hint);
+    }
+
+    fn report(&mut self, severity: Severity, at: &Path, message: String, hint: Option<String>) {
+        if self.document.is_unknown(at) {
+            return;
+        }
+        let span = self.document.locate(at);
+        self.problems.push(Problem {
+            severity,
+            span,
+            path: at.to_string(),
+            message,
+            hint,
+        });
+    }
+}
+
+// === impl Names ===
+
+impl Names {
+    /// The name that was most likely meant, the first in the file of several.
+    fn nearest(&self, name: &str) -> Option<String> {
+        let mut known: Vec<(&String, &usize)> = self.positions.iter().collect();
+        known.sort_by_key(|(_, position)| **position);
+        did_you_mean(name, known.into_iter().map(|(known, _)| known.as_str()))
+    }
+}
+
+/// The `backendRefs` of the route that `at` is within.
+fn backend_refs_of(at: &Path) -> Path {
+    at.steps()
+        .iter()
+        .take(2)
+        .cloned()
+        .fold(Path::default(), |path, step| path.join(step))
+        .key("backendRefs")
+}

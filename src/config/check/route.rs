@@ -1,0 +1,167 @@
+//! Checks routes: hosts, matches, targets.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::document::Path;
+use crate::config::{BackendIndex, Route, RouteTarget, file, value};
+use crate::routing::BASELINE;
+use crate::routing::matcher::{Condition, PathMatcher};
+use crate::routing::table::RouteMatch;
+
+use super::{Checker, Names};
+
+const BACKEND_REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+
+impl Checker<'_> {
+    pub(super) fn route(
+        &mut self,
+        route: &file::Route,
+        at: &Path,
+        backends: &[file::Backend],
+        backend_names: &mut Names,
+        list_names: &mut Names,
+    ) -> Option<Route> {
+        let name = self.name(&route.name, at);
+        let hostnames = self.each(
+            &route.hostnames,
+            &at.key("hostnames"),
+            |checker, text, at| checker.parse(text, at, value::hostname),
+        );
+        let matches = self.matches(&route.matches, &at.key("matches"));
+        let targets = self.targets(route, &at.key("backendRefs"), backends, backend_names);
+        let gray = self.gray(route, &at.key("gray"), backend_names, list_names);
+        let timeouts = at.key("timeouts");
+        let request = self.duration(
+            route.timeouts.request.as_deref(),
+            Duration::ZERO,
+            &timeouts.key("request"),
+        );
+        let backend_request = self.duration(
+            route.timeouts.backend_request.as_deref(),
+            BACKEND_REQUEST_TIMEOUT,
+            &timeouts.key("backendRequest"),
+        );
+        let limit = |duration: Duration| Some(duration).filter(|duration| !duration.is_zero());
+        Some(Route {
+            name: name?,
+            hostnames: hostnames?,
+            matches: matches?,
+            targets: targets?,
+            request_timeout: limit(request?),
+            backend_timeout: limit(backend_request?),
+            gray: gray?,
+            expose_version: route.expose_version,
+        })
+    }
+
+    fn matches(&mut self, matches: &[file::RouteMatch], at: &Path) -> Option<Vec<RouteMatch>> {
+        if matches.is_empty() {
+            return Some(vec![RouteMatch {
+                path: PathMatcher::prefix("/"),
+                conditions: Arc::default(),
+            }]);
+        }
+        self.each(matches, at, |checker, one, at| {
+            let path = match &one.path {
+                Some(path) => checker.whole(path, &at.key("path"), value::path_matcher),
+                None => Some(PathMatcher::prefix("/")),
+            };
+            let method = checker.optional(one.method.as_deref(), &at.key("method"), value::method);
+            let headers = checker.each(&one.headers, &at.key("headers"), Self::header_condition);
+            let query_params = checker.each(
+                &one.query_params,
+                &at.key("queryParams"),
+                Self::query_condition,
+            );
+            let mut conditions: Vec<Condition> = method?
+                .into_iter()
+                .map(|method| Condition::Method(vec![method]))
+                .collect();
+            conditions.extend(headers?);
+            conditions.extend(query_params?);
+            Some(RouteMatch {
+                path: path?,
+                conditions: conditions.into(),
+            })
+        })
+    }
+
+    fn targets(
+        &mut self,
+        route: &file::Route,
+        at: &Path,
+        backends: &[file::Backend],
+        names: &mut Names,
+    ) -> Option<Vec<RouteTarget>> {
+        if route.backend_refs.is_empty() && !self.document.is_maimed(at) {
+            self.error(at, format!("route `{}` has no backend", route.name), None);
+        }
+        for (position, one) in route.backend_refs.iter().enumerate() {
+            if route.backend_refs[..position]
+                .iter()
+                .any(|other| other.name == one.name)
+            {
+                self.error(
+                    &at.index(position).key("name"),
+                    format!("backend `{}` is listed twice", one.name),
+                    None,
+                );
+            }
+        }
+        let targets = self.each(&route.backend_refs, at, |checker, one, at| {
+            if one.weight > value::MAX_WEIGHT {
+                checker.error(
+                    &at.key("weight"),
+                    format!("weight {} is above {}", one.weight, value::MAX_WEIGHT),
+                    None,
+                );
+            }
+            let backend: BackendIndex = checker.resolve(&one.name, &at.key("name"), names)?;
+            Some(RouteTarget {
+                backend,
+                weight: one.weight,
+            })
+        });
+        let first = route
+            .backend_refs
+            .first()
+            .filter(|_| !self.document.is_maimed(at));
+        if let Some(baseline) = first.and_then(|first| names.positions.get(&first.name)) {
+            self.baseline(*baseline, &backends[*baseline], at);
+        }
+        targets.filter(|targets| !targets.is_empty())
+    }
+
+    /// Checks what only the first backend of a route must be.
+    fn baseline(&mut self, index: BackendIndex, baseline: &file::Backend, at: &Path) {
+        if baseline.disabled {
+            let message = format!(
+                "backend `{}` is disabled, but it is the baseline of this route",
+                baseline.name
+            );
+            let hint = "the baseline takes over for others and has nobody to take over for it: list another one first";
+            self.error(
+                &at.index(BASELINE).key("name"),
+                message,
+                Some(hint.to_owned()),
+            );
+        }
+        let endpoints = Path::default()
+            .key("backends")
+            .index(index)
+            .key("endpoints");
+        let known = !self.document.is_unknown(&endpoints) && !self.document.is_maimed(&endpoints);
+        if baseline.endpoints.is_empty() && known {
+            let message = format!(
+                "backend `{}` has no endpoints, but it is the baseline of this route",
+                baseline.name
+            );
+            self.warn(
+                &at.index(BASELINE).key("name"),
+                message,
+                Some("its users get 503".to_owned()),
+            );
+        }
+    }
+}

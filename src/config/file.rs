@@ -1,0 +1,546 @@
+//! The shape of the configuration file, and nothing else: what its keys are called and what type
+//! they have.
+//!
+//! These types have no behaviour. `check` turns them into a
+//! [`Config`](super::Config), which cannot be wrong; the JSON Schema of the file is generated from
+//! them. Words are those of the Gateway API where it has one.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Durations as the Gateway API writes them (GEP-2257): up to four numbers of up to five digits
+/// with a unit each.
+pub const DURATION_PATTERN: &str = "^([0-9]{1,5}(h|m|s|ms)){1,4}$";
+
+/// Serin's configuration file.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ConfigFile {
+    /// Where requests come in.
+    pub listeners: Vec<Listener>,
+    /// Where operators, Prometheus and probes come in.
+    #[serde(default)]
+    pub admin: Admin,
+    /// Worker threads: `auto` (one per core) or a number. A change needs a restart.
+    #[serde(default)]
+    pub workers: Workers,
+    /// What happens on SIGTERM.
+    #[serde(default)]
+    pub shutdown: Shutdown,
+    /// What is measured, and how finely.
+    #[serde(default)]
+    pub telemetry: Telemetry,
+    /// One entry per version of a service: its upstream pool.
+    #[serde(default)]
+    pub backends: Vec<Backend>,
+    /// Lists of user ids, each in a file of its own that is watched.
+    #[serde(default)]
+    pub user_lists: Vec<UserList>,
+    /// Which requests go where.
+    pub routes: Vec<Route>,
+}
+
+/// A socket that takes requests.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Listener {
+    /// Its name in logs and metrics.
+    pub name: String,
+    /// `IP:port`, as in `0.0.0.0:8080` or `[::]:8080`.
+    pub address: String,
+    /// CIDRs of the proxies in front of Serin. Only they are believed about X-Forwarded-* and, on
+    /// routes with `identityFrom: trusted`, about who the user is.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trusted_proxies: Vec<String>,
+    /// How long its clients may take.
+    #[serde(default)]
+    pub timeouts: ListenerTimeouts,
+}
+
+/// How long a client of a listener may take.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ListenerTimeouts {
+    /// A connection without a complete request head for this long is closed (default 60s).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = DURATION_PATTERN))]
+    pub idle: Option<String>,
+}
+
+/// The admin listener: probes, metrics, the API.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Admin {
+    /// `IP:port` (default `127.0.0.1:9901`). A change needs a restart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+}
+
+/// The number of worker threads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Workers {
+    /// One per core that the process may use.
+    #[default]
+    Auto,
+    /// This many.
+    Exactly(u16),
+}
+
+/// What happens on SIGTERM.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Shutdown {
+    /// How long requests in flight may take to finish (default 25s).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = DURATION_PATTERN))]
+    pub timeout: Option<String>,
+}
+
+/// What is measured, and how finely.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Telemetry {
+    /// Upper bounds of the latency histograms in seconds, ascending. A change needs a restart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duration_buckets: Option<Vec<f64>>,
+}
+
+/// One version of a service: its upstream pool.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Backend {
+    /// Its name in routes, logs and metrics.
+    pub name: String,
+    /// The version it runs, shown in metrics and on the response where a route says so.
+    #[serde(default)]
+    pub version: String,
+    /// `IP:port` of each server. May be empty: its users then get the baseline.
+    pub endpoints: Vec<String>,
+    /// The kill switch: never chosen; its users get the baseline.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disabled: bool,
+    /// Changes to the request on its way to this backend.
+    #[serde(default, skip_serializing_if = "HeaderEdits::is_empty")]
+    pub request_headers: HeaderEdits,
+    /// Changes to the response on its way back.
+    #[serde(default, skip_serializing_if = "HeaderEdits::is_empty")]
+    pub response_headers: HeaderEdits,
+    /// How long its endpoints may take.
+    #[serde(default)]
+    pub timeouts: BackendTimeouts,
+    /// The connections kept open to each endpoint.
+    #[serde(default)]
+    pub pool: Pool,
+}
+
+/// Changes to a header section: first `remove`, then `set`, then `add`.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HeaderEdits {
+    /// Gives these headers exactly this value.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub set: BTreeMap<String, String>,
+    /// Adds these beside what is there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub add: BTreeMap<String, String>,
+    /// Takes these away.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remove: Vec<String>,
+}
+
+/// How long the endpoints of a backend may take.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct BackendTimeouts {
+    /// Until a connection stands (default 2s).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = DURATION_PATTERN))]
+    pub connect: Option<String>,
+}
+
+/// The idle connections kept open to each endpoint, by each worker.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Pool {
+    /// An unused connection is closed after this long; keep it below the server's own limit
+    /// (default 20s).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = DURATION_PATTERN))]
+    pub idle_timeout: Option<String>,
+    /// At most this many unused connections (default 256).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_idle: Option<u32>,
+}
+
+/// A list of user ids in a file, exact and reloaded on its own.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct UserList {
+    /// Its name in routes, logs and metrics.
+    pub name: String,
+    /// The file, relative to the configuration file.
+    pub file: String,
+    /// How the file is written (default `lines`).
+    #[serde(default)]
+    pub format: ListFormat,
+    /// The CSV column, or the field of JSON objects, that holds the id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<String>,
+    /// Who answers for the list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    /// The day, as `YYYY-MM-DD`, from which the list should be gone. It goes on working; `check`
+    /// and a metric say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date"))]
+    pub expires: Option<String>,
+}
+
+/// How a user list is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum ListFormat {
+    /// One id per line; `#` begins a comment line.
+    #[default]
+    Lines,
+    /// Comma-separated values with a header row.
+    Csv,
+    /// An array of strings, or of objects.
+    Json,
+}
+
+/// Which requests go where.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Route {
+    /// Its name in logs and metrics.
+    pub name: String,
+    /// Hosts it serves: exact, or `*.` and a suffix. None means any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hostnames: Vec<String>,
+    /// Requests it takes; one of them must hold. None means all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub matches: Vec<RouteMatch>,
+    /// The versions it splits among; the first is the baseline.
+    pub backend_refs: Vec<BackendRef>,
+    /// How long an exchange may take.
+    #[serde(default)]
+    pub timeouts: RouteTimeouts,
+    /// Who gets which version.
+    #[serde(default)]
+    pub gray: Gray,
+    /// Sends `X-Service-Version` with the response.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub expose_version: bool,
+}
+
+/// Conditions that must all hold.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RouteMatch {
+    /// The request path (default: every path).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathMatch>,
+    /// The request method.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub method: Option<String>,
+    /// Request headers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub headers: Vec<NamedMatch>,
+    /// Query parameters.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub query_params: Vec<NamedMatch>,
+}
+
+/// A condition on the path.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PathMatch {
+    /// How to compare (default `PathPrefix`, or `Set` when `values` is given).
+    #[serde(rename = "type", default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<PathMatchType>,
+    /// What to compare with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<String>,
+    /// The exact paths of a `Set`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub values: Vec<String>,
+}
+
+/// How a path is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum PathMatchType {
+    /// The whole path.
+    Exact,
+    /// The path or what is below it, element by element: `/shop` takes `/shop` and `/shop/cart`,
+    /// not `/shopping`.
+    PathPrefix,
+    /// A regular expression for the whole path.
+    RegularExpression,
+    /// One of `values`, each exactly.
+    Set,
+}
+
+/// A condition on a header, cookie or query parameter.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NamedMatch {
+    /// Which one.
+    pub name: String,
+    /// How to compare (default: `Exact` with `value`, `Set` with `values`, `Present` with neither).
+    #[serde(rename = "type", default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<ValueMatchType>,
+    /// What to compare with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<String>,
+    /// The values of a `Set`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub values: Vec<String>,
+}
+
+/// How a value is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum ValueMatchType {
+    /// The whole value.
+    Exact,
+    /// The beginning of the value.
+    Prefix,
+    /// A regular expression for the whole value.
+    RegularExpression,
+    /// One of `values`, each exactly.
+    Set,
+    /// Any value at all.
+    Present,
+}
+
+/// A version that a route can send to, and its weight.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct BackendRef {
+    /// The backend's name.
+    pub name: String,
+    /// Its part of the whole: this weight by the sum of the route's weights; 0 is never by split
+    /// (default 1).
+    #[serde(default = "one")]
+    #[schemars(range(max = 1_000_000))]
+    pub weight: u32,
+}
+
+/// How long an exchange may take.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RouteTimeouts {
+    /// From the request head to the last byte of the response (default 0s: no limit). A client that
+    /// does not read its response is not cut off by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = DURATION_PATTERN))]
+    pub request: Option<String>,
+    /// From choosing a backend, or from the last of the request's body, to the head of the response
+    /// (default 30s; 0s: no limit).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = DURATION_PATTERN))]
+    pub backend_request: Option<String>,
+}
+
+/// Who gets which version. Highest first: `denyList`, `override`, rules with a user list, other
+/// rules, weights.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Gray {
+    /// Where the user's id is found; the first that is not empty wins.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub identity: Vec<IdentitySource>,
+    /// Who may say who the user is.
+    #[serde(default)]
+    pub identity_from: IdentityFrom,
+    /// What happens to requests without any identity.
+    #[serde(default)]
+    pub without_identity: WithoutIdentity,
+    /// Makes the split of this route its own; routes with the same salt share a cohort (default:
+    /// the route's name).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub salt: Option<String>,
+    /// A user list whose users always get the baseline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deny_list: Option<String>,
+    /// Lets a client name the backend that it wants.
+    #[serde(rename = "override", default, skip_serializing_if = "Option::is_none")]
+    pub client_override: Option<Override>,
+    /// Requests with a backend of their own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rules: Vec<Rule>,
+    /// The `Vary` header of responses (default: every header the decision reads). An empty list
+    /// sends none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vary: Option<Vec<String>>,
+    /// CIDRs of clients that see how it was decided, in `X-Serin-Decision` on the response.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub debug_clients: Vec<String>,
+}
+
+/// Where a user's id may be found.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum IdentitySource {
+    /// The value of a request header.
+    Header(String),
+    /// The value of a cookie.
+    Cookie(String),
+    /// The value of a query parameter.
+    Query(String),
+    /// A claim of a JSON Web Token.
+    JwtClaim(JwtClaim),
+    /// The client's address, as X-Forwarded-For of trusted proxies gives it.
+    ClientAddress,
+}
+
+/// A claim of a JSON Web Token.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct JwtClaim {
+    /// The claim, as in `sub`; a string or an integer.
+    pub name: String,
+    /// The header that carries the token, alone or after `Bearer` (default `authorization`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub header: Option<String>,
+    /// The public key in PEM, relative to the configuration file. A token not signed by it has no
+    /// identity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_file: Option<String>,
+    /// Believes the token without checking its signature: only behind something that has checked
+    /// it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unverified: bool,
+}
+
+/// Who may say who the user is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum IdentityFrom {
+    /// Every client.
+    #[default]
+    Anyone,
+    /// Only the listener's `trustedProxies`; from others identity and override headers are removed.
+    Trusted,
+}
+
+/// What happens to requests without any identity.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum WithoutIdentity {
+    /// A draw by lot with the same shares.
+    #[default]
+    Random,
+    /// Always the baseline.
+    Baseline,
+    /// An anonymous id is issued in the cookie `serin-id`, so that the next request gets the same
+    /// version.
+    Cookie,
+}
+
+/// Where a client names the backend that it wants.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Override {
+    /// A header whose value is the name or version of a backend of this route.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub header: Option<String>,
+    /// A cookie with the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cookie: Option<String>,
+}
+
+/// Sends requests for which all its conditions hold to one backend.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Rule {
+    /// Its name in `explain`.
+    pub name: String,
+    /// The backend, one of the route's `backendRefs`.
+    pub backend: String,
+    /// The user is on this list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_list: Option<String>,
+    /// A request header.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub header: Option<NamedMatch>,
+    /// A cookie.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cookie: Option<NamedMatch>,
+    /// A query parameter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub query: Option<NamedMatch>,
+    /// The path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathMatch>,
+    /// One of these methods.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub methods: Vec<String>,
+    /// The client's address is in one of these CIDRs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub client_cidrs: Vec<String>,
+}
+
+/// The JSON Schema of the file, for editors.
+pub fn json_schema() -> String {
+    let schema = schemars::schema_for!(ConfigFile);
+    // A schema is a JSON value already, so this cannot fail.
+    serde_json::to_string_pretty(&schema).unwrap_or_default() + "\n"
+}
+
+const fn one() -> u32 {
+    1
+}
+
+// === impl HeaderEdits ===
+
+impl HeaderEdits {
+    /// True when nothing is changed.
+    pub fn is_empty(&self) -> bool {
+        self.set.is_empty() && self.add.is_empty() && self.remove.is_empty()
+    }
+}
+
+// === impl Workers ===
+
+impl Serialize for Workers {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => serializer.serialize_str("auto"),
+            Self::Exactly(count) => serializer.serialize_u16(*count),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Workers {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de::Error;
+        match serde_json::Value::deserialize(deserializer)? {
+            serde_json::Value::String(text) if text == "auto" => Ok(Self::Auto),
+            serde_json::Value::Number(number) => number
+                .as_u64()
+                .and_then(|count| u16::try_from(count).ok())
+                .filter(|count| (1..=1024).contains(count))
+                .map(Self::Exactly)
+                .ok_or_else(|| D::Error::custom("expected `auto` or a number from 1 to 1024")),
+            _ => Err(D::Error::custom(
+                "expected `auto` or a number from 1 to 1024",
+            )),
+        }
+    }
+}
+
+impl JsonSchema for Workers {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Workers".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "description": "The number of worker threads.",
+            "oneOf": [{ "const": "auto" }, { "type": "integer", "minimum": 1, "maximum": 1024 }],
+        })
+    }
+}

@@ -1,0 +1,330 @@
+//! Reading configuration and user lists from disk.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path as FilePath, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::routing::UserList;
+
+use super::check::{Checked, Surroundings, check};
+use super::decode::decode;
+use super::document::{Node, Path, Span};
+use super::problem::{Problem, Problems, Severity};
+use super::{Config, ConfigFile, ListSource, UserList as UserListConfig};
+
+/// A configuration as it was read, with everything it refers to.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// The file as the operator named it.
+    pub path: PathBuf,
+    /// The file's shape, for those who want to see it.
+    pub file: Arc<ConfigFile>,
+    /// What it says.
+    pub config: Config,
+    /// What is questionable about it.
+    pub warnings: Problems,
+    /// The hash of its text.
+    pub hash: u64,
+    /// Its user lists.
+    pub lists: Lists,
+    /// The files that were read for it but lists, each with its state before it was read.
+    pub files: Vec<(PathBuf, Option<Stamp>)>,
+}
+
+/// User lists by where they come from.
+pub type Lists = HashMap<ListSource, LoadedList>;
+
+/// A user list as it was read.
+#[derive(Clone, Debug)]
+pub struct LoadedList {
+    /// The ids.
+    pub list: Arc<UserList>,
+    /// The hash of the file's content.
+    pub hash: u64,
+    /// The state of the file when it was read.
+    pub stamp: Stamp,
+    /// When it was read.
+    pub loaded_at: SystemTime,
+}
+
+/// Why a user list is not there; the reasons complete "user list `NAME` ...".
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ListFailure {
+    /// The file cannot be read now; trying again may help.
+    Unreadable(String),
+    /// The file says something that is no list.
+    Unusable(String),
+}
+
+/// What tells one state of a file from another without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+/// Loads the configuration at `path` and every file it names. Lists that are among `known` are not
+/// read again.
+///
+/// # Errors
+///
+/// Every problem there is, warnings among them, when one of them is an error.
+pub fn load(path: &FilePath, known: &Lists) -> Result<Loaded, Problems> {
+    let directory = generation_directory(path);
+    // In a Kubernetes volume the file is read from the same generation as what it names.
+    let in_generation = path
+        .file_name()
+        .map(|name| directory.join(name))
+        .filter(|file| file.exists());
+    let (text, state) = read_settled(in_generation.as_deref().unwrap_or(path))
+        .map_err(|error| Problems::whole_file(path, format!("the file {}", cannot_read(&error))))?;
+    let text = String::from_utf8(text)
+        .map_err(|_| Problems::whole_file(path, "the file is not UTF-8 text"))?;
+    let mut loaded = load_in(&directory, path, &text, known)?;
+    loaded.files.push((path.to_owned(), Some(state)));
+    Ok(loaded)
+}
+
+/// As [`load`], with the text at hand; `path` names it in problems and is what file names in it are
+/// relative to.
+///
+/// # Errors
+///
+/// As [`load`].
+pub fn load_text(path: &FilePath, text: &str, known: &Lists) -> Result<Loaded, Problems> {
+    load_in(&generation_directory(path), path, text, known)
+}
+
+fn load_in(
+    directory: &FilePath,
+    path: &FilePath,
+    text: &str,
+    known: &Lists,
+) -> Result<Loaded, Problems> {
+    let mut document = Node::parse(text)
+        .map_err(|error| Problems::new(path, text, vec![syntax_problem(text, &error)]))?;
+    if document.is_empty() {
+        return Err(Problems::whole_file(path, "the file is empty"));
+    }
+    let (file, problems) = decode(&mut document);
+    let Some(file) = file else {
+        return Err(Problems::new(path, text, problems));
+    };
+    let files = std::cell::RefCell::new(Vec::new());
+    let around = Surroundings {
+        directory,
+        read: &|name| {
+            files.borrow_mut().push((name.to_owned(), stamp(name)));
+            read_settled(name)
+                .map(|(content, _)| content)
+                .map_err(|error| cannot_read(&error))
+        },
+        now: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs(),
+    };
+    let Checked {
+        config,
+        user_lists,
+        mut problems,
+    } = check(&file, &document, &around, problems);
+    let lists = load_lists(&user_lists, known, &document, &mut problems);
+    let warnings = Problems::new(path, text, problems);
+    match config {
+        Some(config) if !warnings.has_errors() => Ok(Loaded {
+            path: path.to_owned(),
+            file: Arc::new(file),
+            config,
+            hash: xxh3_64(text.as_bytes()),
+            warnings,
+            lists,
+            files: files.into_inner(),
+        }),
+        _ => Err(warnings),
+    }
+}
+
+/// Reads a user list.
+///
+/// # Errors
+///
+/// Why it cannot be used.
+pub fn load_list(source: &ListSource) -> Result<LoadedList, ListFailure> {
+    let shown = source.path.display();
+    let (content, stamp) = read_settled(&source.path)
+        .map_err(|error| ListFailure::Unreadable(format!("cannot be read: `{shown}`: {error}")))?;
+    let hash = xxh3_64(&content);
+    let list = UserList::parse(content, &source.format).map_err(|error| {
+        ListFailure::Unusable(format!(
+            "cannot be used: {shown}:{}:{}: {}",
+            error.line, error.column, error.reason
+        ))
+    })?;
+    Ok(LoadedList {
+        list: Arc::new(list),
+        hash,
+        stamp,
+        loaded_at: SystemTime::now(),
+    })
+}
+
+/// The state of the file at `path`, through symbolic links; `None` when there is none.
+pub fn stamp(path: &FilePath) -> Option<Stamp> {
+    fs::metadata(path)
+        .ok()
+        .map(|metadata| Stamp::from(&metadata))
+}
+
+/// Where relative names are looked for: beside the file, and in a Kubernetes volume in the
+/// generation of files that is current now, so that a swap between two reads cannot mix
+/// generations.
+pub fn generation_directory(path: &FilePath) -> PathBuf {
+    let directory = match path.parent() {
+        Some(parent) if parent != FilePath::new("") => parent,
+        _ => FilePath::new("."),
+    };
+    fs::canonicalize(directory.join("..data")).unwrap_or_else(|_| directory.to_owned())
+}
+
+impl ListFailure {
+    /// The reason, for people.
+    pub fn into_reason(self) -> String {
+        match self {
+            Self::Unreadable(reason) | Self::Unusable(reason) => reason,
+        }
+    }
+}
+
+impl Stamp {
+    /// True for a file without any content.
+    pub fn is_empty(self) -> bool {
+        self.size == 0
+    }
+
+    /// What stays the same while the content changes.
+    pub fn identity(self) -> (u64, u64) {
+        (self.device, self.inode)
+    }
+}
+
+impl From<&fs::Metadata> for Stamp {
+    fn from(metadata: &fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+fn load_lists(
+    user_lists: &[(Path, UserListConfig)],
+    known: &Lists,
+    document: &Node,
+    problems: &mut Vec<Problem>,
+) -> Lists {
+    let mut lists = Lists::new();
+    for (at, list) in user_lists {
+        if lists.contains_key(&list.source) {
+            continue;
+        }
+        let loaded = match known.get(&list.source) {
+            Some(known) => Ok(known.clone()),
+            None => load_list(&list.source),
+        };
+        match loaded {
+            Ok(loaded) => drop(lists.insert(list.source.clone(), loaded)),
+            Err(failure) => {
+                let reason = failure.into_reason();
+                let at = at.key("file");
+                problems.push(Problem {
+                    severity: Severity::Error,
+                    span: document.locate(&at),
+                    path: at.to_string(),
+                    message: format!("user list `{}` {reason}", list.name),
+                    hint: None,
+                });
+            }
+        }
+    }
+    lists
+}
+
+/// Reads a regular file that nobody changes meanwhile.
+fn read_settled(path: &FilePath) -> io::Result<(Vec<u8>, Stamp)> {
+    // Asked before opening, since opening a pipe waits for somebody to write.
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let mut file = File::open(path)?;
+    let before = file.metadata()?;
+    let mut content = Vec::with_capacity(usize::try_from(before.len()).unwrap_or_default());
+    file.read_to_end(&mut content)?;
+    let stamp = Stamp::from(&before);
+    if stamp != Stamp::from(&file.metadata()?) {
+        return Err(io::Error::other("it was written to while it was read"));
+    }
+    Ok((content, stamp))
+}
+
+fn syntax_problem(text: &str, error: &serde_saphyr::Error) -> Problem {
+    let mut span = Span {
+        line: 1,
+        column: 1,
+        bytes: 0..0,
+    };
+    if let Some(location) = error.location() {
+        span = Span::from(&location);
+        if location.span().byte_offset().is_none() {
+            // The scanner counts characters only.
+            let start = usize::try_from(location.span().offset())
+                .ok()
+                .and_then(|nth| text.char_indices().nth(nth));
+            let start = start.map_or(text.len(), |(start, _)| start);
+            span.bytes = start..start;
+        }
+    }
+    let report = error.without_snippet().to_string();
+    let message = match report.split(" at line ").next().unwrap_or(&report) {
+        said if said.starts_with("budget breached") => {
+            "the file has more parts than are read: do aliases (`*name`) multiply them?".to_owned()
+        }
+        said if said.starts_with("multiple YAML documents") => {
+            "a second document begins here: only one is read".to_owned()
+        }
+        // The library's advice is for programmers.
+        said => said
+            .split(", set DuplicateKeyPolicy")
+            .next()
+            .unwrap_or(said)
+            .trim_end_matches([':', ','])
+            .to_owned(),
+    };
+    Problem {
+        severity: Severity::Error,
+        span,
+        path: String::new(),
+        message,
+        hint: None,
+    }
+}
+
+fn cannot_read(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "does not exist".to_owned(),
+        io::ErrorKind::PermissionDenied => "may not be read".to_owned(),
+        _ => format!("cannot be read: {error}"),
+    }
+}
