@@ -19,4 +19,5 @@
 pub mod backend;
 pub mod config;
 pub mod routing;
+pub mod snapshot;
 pub mod telemetry;

@@ -1,0 +1,404 @@
+//! The one immutable picture of the world that a request is served by, and the place where the
+//! current one hangs.
+//!
+//! [`compile`] is pure but for the living state it takes over by key (endpoints, metric handles).
+//! [`Live`] has a single writer, [`control`](crate::control); a request reads it once and holds on
+//! to what it read to its last byte.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use http::header::{HeaderName, HeaderValue};
+use ipnet::IpNet;
+use tokio::sync::watch;
+
+use crate::backend::{Backend, ConnectionPolicy, EndpointId, Endpoints};
+use crate::config::{self, Config};
+use crate::routing::gray::{Dice, Override, Rule, Step};
+use crate::routing::split::Split;
+use crate::routing::{BASELINE, Decision, Gray, Reason, RequestHead, RouteTable, UserList};
+use crate::telemetry::metrics::{Metrics, NONE, TargetLabels, TargetMetrics};
+
+/// Counts the snapshots of a process, from 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Revision(pub u64);
+
+/// Everything that serving a request reads.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Which one it is.
+    pub revision: Revision,
+    /// The listeners.
+    pub listeners: Vec<config::Listener>,
+    /// The routes in the order of the file.
+    pub routes: Vec<Arc<Route>>,
+    /// The backends in the order of the file.
+    pub backends: Vec<Arc<Backend>>,
+    /// What requests are counted under that no route takes.
+    pub unrouted: Arc<TargetMetrics>,
+    table: RouteTable,
+    connection_policies: HashMap<EndpointId, ConnectionPolicy>,
+}
+
+/// A compiled route.
+#[derive(Debug)]
+pub struct Route {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its backends; never empty, the first is the baseline.
+    pub targets: Vec<RouteTarget>,
+    /// Who gets which.
+    pub gray: Gray,
+    /// The limit of a whole exchange.
+    pub request_timeout: Option<Duration>,
+    /// The limit of waiting for the head of a response.
+    pub backend_timeout: Option<Duration>,
+    /// Whether responses name their version.
+    pub expose_version: bool,
+    /// The `Vary` header of its responses.
+    pub vary: Option<HeaderValue>,
+    /// Headers that say who the user is or what he wants.
+    pub guarded_headers: Vec<HeaderName>,
+    /// Those of them that a sender who is not trusted may not even pass on.
+    pub unbelieved_headers: Vec<HeaderName>,
+    /// Who is shown how it was decided.
+    pub debug_clients: Arc<[IpNet]>,
+}
+
+/// A backend of a route.
+#[derive(Debug)]
+pub struct RouteTarget {
+    /// The backend.
+    pub backend: Arc<Backend>,
+    /// The backend's version as a header value.
+    pub version: HeaderValue,
+    /// What its requests are counted under.
+    pub metrics: Arc<TargetMetrics>,
+}
+
+/// Where the current snapshot hangs.
+#[derive(Debug)]
+pub struct Live {
+    current: ArcSwap<Snapshot>,
+    published: watch::Sender<Revision>,
+}
+
+/// One worker's view of [`Live`].
+///
+/// Requests of a worker share one reference count that no other thread touches, and learn of a new
+/// snapshot by a single load; so holding a snapshot costs a request no contended cache line.
+pub struct Reader {
+    live: Arc<Live>,
+    held: RefCell<Rc<Held>>,
+}
+
+/// A snapshot that a worker holds on to.
+pub struct Held(Arc<Snapshot>);
+
+/// Compiles a checked configuration. `lists` are its user lists in the order of the file.
+pub fn compile(
+    config: &Config,
+    lists: &[Arc<UserList>],
+    revision: Revision,
+    endpoints: &mut Endpoints,
+    metrics: &Metrics,
+) -> Snapshot {
+    let backends: Vec<Arc<Backend>> = config
+        .backends
+        .iter()
+        .map(|backend| Arc::new(compile_backend(backend, endpoints)))
+        .collect();
+    let mut table = RouteTable::default();
+    for (index, route) in config.routes.iter().enumerate() {
+        table.insert(index, &route.hostnames, &route.matches);
+    }
+    table.finish();
+    let none: Arc<str> = NONE.into();
+    let unrouted = TargetLabels {
+        route: Arc::clone(&none),
+        backend: Arc::clone(&none),
+        version: none,
+    };
+    Snapshot {
+        revision,
+        listeners: config.listeners.clone(),
+        routes: config
+            .routes
+            .iter()
+            .map(|route| Arc::new(compile_route(route, &backends, lists, metrics)))
+            .collect(),
+        connection_policies: backends
+            .iter()
+            .flat_map(|backend| {
+                backend
+                    .endpoints
+                    .iter()
+                    .map(|endpoint| (endpoint.id, backend.connections))
+            })
+            .collect(),
+        backends,
+        unrouted: metrics.target(&unrouted),
+        table,
+    }
+}
+
+fn compile_backend(backend: &config::Backend, endpoints: &mut Endpoints) -> Backend {
+    Backend {
+        name: Arc::clone(&backend.name),
+        version: Arc::clone(&backend.version),
+        disabled: backend.disabled,
+        endpoints: backend
+            .endpoints
+            .iter()
+            .map(|address| endpoints.get_or_create(&backend.name, *address))
+            .collect(),
+        request_headers: backend.request_headers.clone(),
+        response_headers: backend.response_headers.clone(),
+        connections: backend.connections,
+    }
+}
+
+fn compile_route(
+    route: &config::Route,
+    backends: &[Arc<Backend>],
+    lists: &[Arc<UserList>],
+    metrics: &Metrics,
+) -> Route {
+    let targets: Vec<RouteTarget> = route
+        .targets
+        .iter()
+        .map(|target| compile_target(route, target, &backends[target.backend], metrics))
+        .collect();
+    let gray = compile_gray(route, &targets, lists);
+    Route {
+        name: Arc::clone(&route.name),
+        vary: vary(route, &gray),
+        guarded_headers: gray.guarded_headers(),
+        unbelieved_headers: gray.unbelieved_headers(),
+        gray,
+        targets,
+        request_timeout: route.request_timeout,
+        backend_timeout: route.backend_timeout,
+        expose_version: route.expose_version,
+        debug_clients: Arc::clone(&route.gray.debug_clients),
+    }
+}
+
+fn compile_target(
+    route: &config::Route,
+    target: &config::RouteTarget,
+    backend: &Arc<Backend>,
+    metrics: &Metrics,
+) -> RouteTarget {
+    let labels = TargetLabels {
+        route: Arc::clone(&route.name),
+        backend: Arc::clone(&backend.name),
+        version: Arc::clone(&backend.version),
+    };
+    metrics
+        .gauge(
+            "serin_backend_weight",
+            &[("route", &route.name), ("backend", &backend.name)],
+        )
+        .set(f64::from(target.weight));
+    RouteTarget {
+        backend: Arc::clone(backend),
+        version: HeaderValue::from_str(&backend.version).unwrap_or(HeaderValue::from_static("")),
+        metrics: metrics.target(&labels),
+    }
+}
+
+fn compile_gray(route: &config::Route, targets: &[RouteTarget], lists: &[Arc<UserList>]) -> Gray {
+    let gray = &route.gray;
+    let list = |index: usize| Arc::clone(&lists[index]);
+    let deny = gray.deny_list.map(|index| Step::DenyList(list(index)));
+    let wish = gray.client_override.as_ref().map(|(header, cookie)| {
+        Step::Override(Override {
+            header: header.clone(),
+            cookie: cookie.clone(),
+            names: override_names(targets),
+        })
+    });
+    let rules = gray.rules.iter().map(|rule| {
+        Step::Rule(Rule {
+            name: Arc::clone(&rule.name),
+            target: rule.target,
+            user_list: rule.user_list.map(list),
+            conditions: Arc::clone(&rule.conditions),
+        })
+    });
+    let weights = targets
+        .iter()
+        .zip(&route.targets)
+        .map(|(target, one)| (&*target.backend.name, one.weight));
+    Gray::new(
+        Arc::clone(&gray.identity),
+        gray.trusted_only,
+        gray.without_identity,
+        deny.into_iter().chain(wish).chain(rules).collect(),
+        Split::new(&gray.salt, weights),
+    )
+}
+
+/// What a client may call the targets: their names, and, where no name is in the way, their
+/// versions.
+fn override_names(targets: &[RouteTarget]) -> Vec<(String, usize)> {
+    let name =
+        |(position, target): (usize, &RouteTarget)| (target.backend.name.to_string(), position);
+    let version =
+        |(position, target): (usize, &RouteTarget)| (target.backend.version.to_string(), position);
+    let names = targets.iter().enumerate().map(name);
+    names
+        .chain(targets.iter().enumerate().map(version))
+        .filter(|(name, _)| !name.is_empty())
+        .collect()
+}
+
+/// A response that depends on who asks must not be cached for everybody (RFC 9110 section 12.5.5).
+fn vary(route: &config::Route, gray: &Gray) -> Option<HeaderValue> {
+    let names = match &route.gray.vary {
+        Some(names) => names.clone(),
+        None if route.targets.len() > 1 => gray.headers_read(),
+        None => Vec::new(),
+    };
+    let names: Vec<&str> = names.iter().map(HeaderName::as_str).collect();
+    (!names.is_empty())
+        .then(|| HeaderValue::from_str(&names.join(", ")).ok())
+        .flatten()
+}
+
+// === impl Snapshot ===
+
+impl Snapshot {
+    /// The route that takes this request.
+    pub fn find(&self, head: &RequestHead<'_>) -> Option<&Arc<Route>> {
+        self.table.find(head).map(|index| &self.routes[index])
+    }
+
+    /// The listener that is bound to this address; `None` once it is no longer configured.
+    pub fn listener(&self, bound: SocketAddr) -> Option<&config::Listener> {
+        self.listeners
+            .iter()
+            .find(|listener| listener.address == bound)
+    }
+
+    /// How long a connection through the listener at this address may stand without a request head.
+    pub fn idle_timeout(&self, bound: SocketAddr) -> Option<Duration> {
+        self.listener(bound).map(|listener| listener.idle_timeout)
+    }
+
+    /// How to connect to an endpoint; `None` when it is part of no backend any longer.
+    pub fn connection_policy(&self, endpoint: EndpointId) -> Option<ConnectionPolicy> {
+        self.connection_policies.get(&endpoint).copied()
+    }
+}
+
+// === impl Route ===
+
+impl Route {
+    /// Decides which target gets a request. `trusted` says that a trusted proxy sent it.
+    pub fn decide<'a>(
+        &'a self,
+        head: &RequestHead<'a>,
+        trusted: bool,
+        dice: Dice<'_>,
+    ) -> Decision<'a> {
+        self.fail_over(self.gray.decide(head, trusted, dice))
+    }
+
+    /// Sends those to the baseline whose target takes no requests, and only them.
+    pub fn fail_over<'a>(&self, decision: Decision<'a>) -> Decision<'a> {
+        if decision.target == BASELINE || self.targets[decision.target].backend.is_available() {
+            return decision;
+        }
+        Decision {
+            target: BASELINE,
+            reason: Reason::Failover,
+            ..decision
+        }
+    }
+}
+
+// === impl Live ===
+
+impl Live {
+    /// Hangs up the first snapshot.
+    pub fn new(first: Snapshot) -> Arc<Self> {
+        let published = watch::Sender::new(first.revision);
+        Arc::new(Self {
+            current: ArcSwap::from_pointee(first),
+            published,
+        })
+    }
+
+    /// Replaces the current snapshot, and returns the one before. Only
+    /// [`control`](crate::control) may call this.
+    pub fn publish(&self, snapshot: Snapshot) -> Arc<Snapshot> {
+        let revision = snapshot.revision;
+        let before = self.current.swap(Arc::new(snapshot));
+        self.published.send_replace(revision);
+        before
+    }
+
+    /// The current snapshot.
+    pub fn load(&self) -> Arc<Snapshot> {
+        self.current.load_full()
+    }
+
+    /// Tells when there is a new one.
+    pub fn subscribe(&self) -> watch::Receiver<Revision> {
+        self.published.subscribe()
+    }
+}
+
+// === impl Reader ===
+
+impl Reader {
+    /// A view for the thread that calls.
+    pub fn new(live: Arc<Live>) -> Self {
+        let held = RefCell::new(Rc::new(Held(live.load())));
+        Self { live, held }
+    }
+
+    /// The current snapshot, held on to for as long as the caller likes.
+    pub fn current(&self) -> Rc<Held> {
+        let mut held = self.held.borrow_mut();
+        let now = self.live.current.load();
+        if !std::ptr::eq(Arc::as_ptr(&now), Arc::as_ptr(&held.0)) {
+            *held = Rc::new(Held(Arc::clone(&now)));
+        }
+        Rc::clone(&held)
+    }
+}
+
+impl fmt::Debug for Reader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reader").finish_non_exhaustive()
+    }
+}
+
+impl std::ops::Deref for Held {
+    type Target = Snapshot;
+
+    fn deref(&self) -> &Snapshot {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Held").field(&self.revision).finish()
+    }
+}
+
+impl fmt::Display for Revision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
