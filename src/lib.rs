@@ -21,3 +21,4 @@ pub mod config;
 pub mod routing;
 pub mod snapshot;
 pub mod telemetry;
+pub mod upstream;
