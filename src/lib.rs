@@ -18,6 +18,7 @@
 
 pub mod backend;
 pub mod config;
+pub mod proxy;
 pub mod routing;
 pub mod snapshot;
 pub mod telemetry;

@@ -1,0 +1,297 @@
+//! Bodies on their way through: nothing is held back, and both ends are noticed.
+
+use std::cell::Cell;
+use std::fmt;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::time::{Instant, Sleep};
+
+use crate::backend::Lease;
+use crate::upstream::Loan;
+
+use super::exchange::Exchange;
+
+/// The body of a request on its way to the upstream.
+#[derive(Debug)]
+pub struct RequestBody {
+    incoming: Incoming,
+    progress: Progress,
+}
+
+/// How far the body of a request has come; shared with whoever waits for the response.
+#[derive(Clone, Debug)]
+pub struct Progress(Rc<Cell<Stage>>);
+
+#[derive(Clone, Copy, Debug)]
+struct Stage {
+    last: Instant,
+    state: BodyState,
+}
+
+/// Whose turn it is with the body of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum BodyState {
+    /// It is going on, or has ended: if nothing comes back, the upstream is slow.
+    Moving,
+    /// The upstream would take more, but the client sends none.
+    AwaitingClient,
+    /// The client broke it off.
+    Broken,
+}
+
+/// The body of a response on its way to the client.
+#[derive(Debug)]
+pub enum ReplyBody {
+    /// A reply of our own.
+    Local(Full<Bytes>),
+    /// The upstream's.
+    Upstream(UpstreamBody),
+}
+
+/// The body of an upstream's response; whatever is still held for the exchange is let go of when it
+/// ends.
+pub struct UpstreamBody {
+    incoming: Incoming,
+    /// `None` once the body has ended.
+    held: Option<Held>,
+    deadline: Option<Pin<Box<Sleep>>>,
+}
+
+struct Held {
+    exchange: Exchange,
+    /// Counts the request as in flight at its endpoint.
+    _lease: Lease,
+    loan: Loan<RequestBody>,
+}
+
+/// Why the body of a response breaks off.
+#[derive(Debug)]
+pub enum BodyError {
+    /// The upstream's connection broke.
+    Upstream(hyper::Error),
+    /// The exchange took longer than its route allows.
+    Deadline,
+}
+
+// === impl RequestBody ===
+
+impl RequestBody {
+    /// Wraps a body, and tells how far it has come.
+    pub fn new(incoming: Incoming) -> (Self, Progress) {
+        let progress = Progress(Rc::new(Cell::new(Stage {
+            last: Instant::now(),
+            state: BodyState::Moving,
+        })));
+        (
+            Self {
+                incoming,
+                progress: progress.clone(),
+            },
+            progress,
+        )
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let polled = Pin::new(&mut self.incoming).poll_frame(cx);
+        match &polled {
+            Poll::Pending => self.progress.await_client(),
+            Poll::Ready(Some(Err(_))) => self.progress.moved(BodyState::Broken),
+            Poll::Ready(_) => self.progress.moved(BodyState::Moving),
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.incoming.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming.size_hint()
+    }
+}
+
+// === impl Progress ===
+
+impl Progress {
+    /// When the body last moved; at first, when the exchange with the upstream began.
+    pub fn last(&self) -> Instant {
+        self.0.get().last
+    }
+
+    /// True when the client broke the body off.
+    pub fn is_broken(&self) -> bool {
+        self.0.get().state == BodyState::Broken
+    }
+
+    /// True while the client keeps the upstream waiting, and not the other way round.
+    pub fn awaits_client(&self) -> bool {
+        self.0.get().state == BodyState::AwaitingClient
+    }
+
+    fn moved(&self, state: BodyState) {
+        self.0.set(Stage {
+            last: Instant::now(),
+            state,
+        });
+    }
+
+    fn await_client(&self) {
+        self.0.set(Stage {
+            state: BodyState::AwaitingClient,
+            ..self.0.get()
+        });
+    }
+}
+
+// === impl ReplyBody ===
+
+impl ReplyBody {
+    /// A reply of our own.
+    pub fn local(text: String) -> Self {
+        Self::Local(Full::new(Bytes::from(text)))
+    }
+}
+
+impl Body for ReplyBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.get_mut() {
+            Self::Local(body) => Pin::new(body)
+                .poll_frame(cx)
+                .map_err(|never| match never {}),
+            Self::Upstream(body) => body.poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Local(body) => body.is_end_stream(),
+            Self::Upstream(body) => body.incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Local(body) => body.size_hint(),
+            Self::Upstream(body) => body.incoming.size_hint(),
+        }
+    }
+}
+
+// === impl UpstreamBody ===
+
+impl UpstreamBody {
+    /// Wraps a body with what has to be held on to until it ends.
+    pub fn new(
+        incoming: Incoming,
+        exchange: Exchange,
+        lease: Lease,
+        loan: Loan<RequestBody>,
+        deadline: Option<Instant>,
+    ) -> Self {
+        let deadline = deadline
+            .filter(|_| !incoming.is_end_stream())
+            .map(|end| Box::pin(tokio::time::sleep_until(end)));
+        Self {
+            incoming,
+            held: Some(Held {
+                exchange,
+                _lease: lease,
+                loan,
+            }),
+            deadline,
+        }
+    }
+
+    fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if let Poll::Ready(timeout) = self.poll_deadline(cx) {
+            return Poll::Ready(timeout);
+        }
+        let frame = ready!(Pin::new(&mut self.incoming).poll_frame(cx));
+        match &frame {
+            None => self.end(),
+            Some(Ok(_)) if self.incoming.is_end_stream() => self.end(),
+            Some(Ok(_)) => {}
+            Some(Err(_)) => self.fail("http_response_incomplete"),
+        }
+        Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Upstream)))
+    }
+
+    fn poll_deadline(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut self.deadline {
+            Some(deadline) => ready!(deadline.as_mut().poll(cx)),
+            None => return Poll::Pending,
+        }
+        self.fail("http_response_timeout");
+        Poll::Ready(Some(Err(BodyError::Deadline)))
+    }
+
+    /// The body is whole: the exchange is over, and the connection can serve another one.
+    fn end(&mut self) {
+        if let Some(held) = self.held.take() {
+            held.loan.give_back();
+        }
+    }
+
+    /// The body broke off: the exchange is over, and the connection is closed.
+    fn fail(&mut self, error: &'static str) {
+        if let Some(held) = self.held.take() {
+            held.exchange.upstream_failed(error);
+        }
+    }
+}
+
+impl Drop for UpstreamBody {
+    /// hyper does not poll a body that has no bytes. One dropped before its end belongs to a client
+    /// that went away.
+    fn drop(&mut self) {
+        if self.incoming.is_end_stream() {
+            self.end();
+        }
+    }
+}
+
+impl fmt::Debug for UpstreamBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UpstreamBody")
+            .field("ended", &self.held.is_none())
+            .finish_non_exhaustive()
+    }
+}
+
+// === impl BodyError ===
+
+impl fmt::Display for BodyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Upstream(error) => write!(f, "upstream body: {error}"),
+            Self::Deadline => f.write_str("the exchange took longer than its route allows"),
+        }
+    }
+}
+
+impl std::error::Error for BodyError {}

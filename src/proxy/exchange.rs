@@ -1,0 +1,90 @@
+//! The record of one request, and its single end.
+
+use std::sync::Arc;
+
+use http::{Request, StatusCode};
+use tokio::time::Instant;
+
+use crate::routing::Reason;
+use crate::snapshot::{RouteTarget, Snapshot};
+use crate::telemetry::metrics::{MethodLabel, Metrics, Protocol, TargetMetrics, Up};
+
+/// Counts one request, whatever becomes of it: it is finished by being dropped, with its response
+/// or without.
+#[derive(Debug)]
+pub struct Exchange {
+    metrics: Arc<Metrics>,
+    started: Instant,
+    /// When a backend had been chosen.
+    decided: Instant,
+    method: MethodLabel,
+    protocol: Protocol,
+    target: Arc<TargetMetrics>,
+    in_flight: Up,
+    /// What the client is sent; `None` until something is.
+    status: Option<StatusCode>,
+}
+
+// === impl Exchange ===
+
+impl Exchange {
+    /// Begins with the head of a request; it belongs to no route yet.
+    pub fn begin<B>(metrics: &Arc<Metrics>, snapshot: &Snapshot, request: &Request<B>) -> Self {
+        let started = Instant::now();
+        Self {
+            metrics: Arc::clone(metrics),
+            started,
+            decided: started,
+            method: MethodLabel::from(request.method()),
+            protocol: Protocol::from(request.version()),
+            target: Arc::clone(&snapshot.unrouted),
+            in_flight: snapshot.unrouted.in_flight().up(),
+            status: None,
+        }
+    }
+
+    /// When the head of the request stood.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// From now on it counts for this target.
+    pub fn decided(&mut self, target: &RouteTarget, reason: Reason) {
+        self.target = Arc::clone(&target.metrics);
+        self.in_flight = target.metrics.in_flight().up();
+        self.decided = Instant::now();
+        target.metrics.count_decision(&self.metrics, reason);
+    }
+
+    /// The head of the upstream's response is here.
+    pub fn answered(&mut self, status: StatusCode) {
+        self.target
+            .count_response_head(&self.metrics, self.decided.elapsed());
+        self.status = Some(status);
+    }
+
+    /// The client is sent a reply of our own.
+    pub fn replied(&mut self, status: StatusCode) {
+        self.status = Some(status);
+    }
+
+    /// The upstream brought no whole response.
+    pub fn upstream_failed(&self, error: &'static str) {
+        self.target.count_upstream_error(&self.metrics, error);
+    }
+}
+
+impl Drop for Exchange {
+    /// A client that went away before it was sent a status counts as 499, nginx's code for it.
+    fn drop(&mut self) {
+        let client_gone = || StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST);
+        let status = self.status.unwrap_or_else(client_gone);
+        self.target.count_request(
+            &self.metrics,
+            self.method,
+            status,
+            self.protocol,
+            self.started.elapsed(),
+        );
+    }
+}

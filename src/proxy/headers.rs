@@ -1,0 +1,259 @@
+//! What a gateway does to header sections: hop-by-hop fields go, forwarding fields come, the
+//! configured edits happen.
+
+use http::header::{
+    CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName,
+    HeaderValue, SET_COOKIE, TE, TRANSFER_ENCODING, UPGRADE, VARY,
+};
+use http::request::Parts;
+use http::{Uri, Version};
+use hyper::body::Body;
+
+use crate::backend::Backend;
+use crate::routing::identity::ANONYMOUS_COOKIE;
+use crate::routing::request::text;
+use crate::routing::{BASELINE, Decision};
+use crate::snapshot::{Route, RouteTarget, Snapshot};
+
+use super::Verdict;
+use super::error::ProxyError;
+use super::origin::{Origin, X_FORWARDED_FOR};
+
+const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const X_SERVICE_VERSION: HeaderName = HeaderName::from_static("x-service-version");
+const X_SERIN_DECISION: HeaderName = HeaderName::from_static("x-serin-decision");
+
+/// Fields that are for one connection only (RFC 9110 section 7.6.1, and Proxy-Connection, which
+/// never was a standard). `Trailer` stays: hyper sends only trailers that it names.
+const HOP_BY_HOP: [HeaderName; 6] = [
+    CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    TE,
+    TRANSFER_ENCODING,
+    UPGRADE,
+];
+
+/// Fields that only a trusted proxy may have written.
+const FORWARDING: [HeaderName; 6] = [
+    X_FORWARDED_FOR,
+    X_FORWARDED_HOST,
+    X_FORWARDED_PROTO,
+    HeaderName::from_static("x-forwarded-port"),
+    HeaderName::from_static("x-real-ip"),
+    HeaderName::from_static("forwarded"),
+];
+
+/// Refuses a request that says who the user is, or what he wants, twice or in no readable way:
+/// whoever reads it otherwise disagrees with us.
+///
+/// # Errors
+///
+/// [`ProxyError::BadRequest`].
+pub fn refuse_ambiguous(headers: &HeaderMap, guarded: &[HeaderName]) -> Result<(), ProxyError> {
+    for name in guarded {
+        let mut values = headers.get_all(name).iter();
+        let first = values.next();
+        if values.next().is_some() {
+            return Err(ProxyError::BadRequest(
+                "a header that decides about the version is repeated",
+            ));
+        }
+        if first.is_some_and(|value| text(value).is_none()) {
+            return Err(ProxyError::BadRequest(
+                "a header that decides about the version is not UTF-8",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Makes a request ready for the upstream.
+pub fn prepare_request(
+    parts: &mut Parts,
+    body: &impl Body,
+    route: &Route,
+    backend: &Backend,
+    origin: &Origin,
+) {
+    let host = parts
+        .headers
+        .get(HOST)
+        .cloned()
+        .or_else(|| authority_value(&parts.uri));
+    let headers = &mut parts.headers;
+    // Ours come after what the client nominates in Connection is gone; otherwise it could delete
+    // them (CVE-2024-45410).
+    remove_hop_by_hop(headers, &route.guarded_headers);
+    remove_ambiguous(headers);
+    headers.remove(EXPECT);
+    headers.remove(X_SERVICE_VERSION);
+    if !origin.trusted {
+        for name in &route.unbelieved_headers {
+            headers.remove(name);
+        }
+    }
+    forward(headers, origin, host.as_ref());
+    if let Some(host) = host {
+        headers.insert(HOST, host);
+    }
+    // hyper's client would take a GET without a length for one without a body, and drop it.
+    if !body.is_end_stream() && body.size_hint().exact().is_none() {
+        headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
+    backend.request_headers.apply(headers);
+    parts.uri = origin_form(&parts.uri);
+    parts.version = Version::HTTP_11;
+}
+
+/// Makes a response ready for the client.
+///
+/// Its protocol version is ours, not the upstream's (RFC 9110 section 2.5).
+pub(super) fn prepare_response(
+    headers: &mut HeaderMap,
+    route: &Route,
+    target: &RouteTarget,
+    verdict: &Verdict,
+) {
+    // hyper's client leaves a Content-Length beside Transfer-Encoding, which RFC 9112 section 6.3
+    // says to ignore.
+    if headers.contains_key(TRANSFER_ENCODING) {
+        headers.remove(CONTENT_LENGTH);
+    }
+    remove_hop_by_hop(headers, &[]);
+    headers.remove(X_SERIN_DECISION);
+    target.backend.response_headers.apply(headers);
+    if route.expose_version {
+        headers.insert(X_SERVICE_VERSION, target.version.clone());
+    }
+    if let Some(vary) = &route.vary {
+        headers.append(VARY, vary.clone());
+    }
+    if let Some(cookie) = &verdict.set_cookie {
+        headers.append(SET_COOKIE, cookie.clone());
+        // A cache must not give one visitor's id to all.
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("private"));
+    }
+    if let Some(debug) = &verdict.debug {
+        headers.insert(X_SERIN_DECISION, debug.clone());
+    }
+}
+
+/// The Set-Cookie value that issues an anonymous id for a year.
+pub fn anonymous_cookie(identity: &str) -> Option<HeaderValue> {
+    let cookie =
+        format!("{ANONYMOUS_COOKIE}={identity}; Path=/; Max-Age=31536000; HttpOnly; SameSite=Lax");
+    HeaderValue::from_str(&cookie).ok()
+}
+
+/// How a request was decided, in the form of X-Serin-Decision.
+pub fn debug_value(
+    decision: &Decision<'_>,
+    route: &Route,
+    snapshot: &Snapshot,
+) -> Option<HeaderValue> {
+    let canary = if decision.target == BASELINE {
+        1
+    } else {
+        decision.target
+    };
+    let bucket = decision
+        .identity
+        .as_ref()
+        .and_then(|identity| route.gray.split.entry_share(&identity.value, canary));
+    let bucket = bucket.map_or_else(|| "-".to_owned(), |share| share.0.to_string());
+    let text = format!(
+        "route={}; backend={}; reason={}; rule={}; bucket={bucket}; revision={}",
+        route.name,
+        route.targets[decision.target].backend.name,
+        decision.reason.as_str(),
+        decision.rule.unwrap_or("-"),
+        snapshot.revision,
+    );
+    HeaderValue::from_str(&text).ok()
+}
+
+/// Removes what is for this connection only, with what `Connection` nominates; but nobody may
+/// nominate away what says who sent the request, what it is for, or how long it is.
+fn remove_hop_by_hop(headers: &mut HeaderMap, guarded: &[HeaderName]) {
+    let nominated: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(text)
+        .flat_map(|line| line.split(','))
+        .filter_map(|token| HeaderName::from_bytes(token.trim().as_bytes()).ok())
+        .filter(|name| !may_not_be_nominated(name) && !guarded.contains(name))
+        .collect();
+    for name in nominated.iter().chain(&HOP_BY_HOP) {
+        headers.remove(name);
+    }
+}
+
+fn may_not_be_nominated(name: &HeaderName) -> bool {
+    *name == HOST
+        || *name == COOKIE
+        || *name == CONTENT_LENGTH
+        || *name == http::header::AUTHORIZATION
+}
+
+/// Removes names with underscores: some servers read `x_user_id` as `x-user-id`, and would see
+/// another user than we do.
+fn remove_ambiguous(headers: &mut HeaderMap) {
+    let ambiguous: Vec<HeaderName> = headers
+        .keys()
+        .filter(|name| name.as_str().contains('_'))
+        .cloned()
+        .collect();
+    for name in ambiguous {
+        headers.remove(name);
+    }
+}
+
+/// Writes the forwarding fields; what came from an untrusted peer is not carried on.
+fn forward(headers: &mut HeaderMap, origin: &Origin, host: Option<&HeaderValue>) {
+    if !origin.trusted {
+        for name in &FORWARDING {
+            headers.remove(name);
+        }
+    }
+    if let Ok(peer) = HeaderValue::from_str(&origin.peer.to_string()) {
+        let chain = forwarded_chain(headers, &peer).unwrap_or(peer);
+        headers.insert(X_FORWARDED_FOR, chain);
+    }
+    headers
+        .entry(X_FORWARDED_PROTO)
+        .or_insert(HeaderValue::from_static("http"));
+    if let Some(host) = host {
+        headers
+            .entry(X_FORWARDED_HOST)
+            .or_insert_with(|| host.clone());
+    }
+}
+
+/// What is in X-Forwarded-For already, joined into one line with `peer` at its end.
+fn forwarded_chain(headers: &HeaderMap, peer: &HeaderValue) -> Option<HeaderValue> {
+    let mut lines: Vec<&[u8]> = headers
+        .get_all(X_FORWARDED_FOR)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
+    if lines.is_empty() {
+        return None;
+    }
+    lines.push(peer.as_bytes());
+    HeaderValue::from_bytes(&lines.join(&b", "[..])).ok()
+}
+
+fn authority_value(uri: &Uri) -> Option<HeaderValue> {
+    uri.authority()
+        .and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
+}
+
+/// The request target as an origin server wants it (RFC 9112 section 3.2.1).
+fn origin_form(uri: &Uri) -> Uri {
+    match uri.path_and_query() {
+        Some(target) if uri.authority().is_some() => Uri::from(target.clone()),
+        _ => uri.clone(),
+    }
+}

@@ -1,0 +1,175 @@
+//! Where a request comes from: its client, and what may be believed about it.
+
+use std::borrow::Cow;
+use std::net::{IpAddr, SocketAddr};
+
+use http::header::{HOST, HeaderMap, HeaderName, HeaderValue};
+use http::request::Parts;
+use http::uri::Authority;
+use http::{Method, Version};
+
+use crate::routing::RequestHead;
+use crate::routing::request::text;
+use crate::snapshot::Snapshot;
+
+use super::error::ProxyError;
+
+/// The header in which proxies pass the client's address on.
+pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+
+/// The other end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    /// The address of the listener that it came through.
+    pub listener: SocketAddr,
+    /// Its own address.
+    pub address: SocketAddr,
+}
+
+/// Where a request comes from.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// The address at the other end of the connection.
+    pub peer: IpAddr,
+    /// The client: the peer, or whom trusted proxies name.
+    pub client: IpAddr,
+    /// True when the peer is one of the listener's trusted proxies.
+    pub trusted: bool,
+}
+
+// === impl Origin ===
+
+impl Origin {
+    /// Finds the client: from the right of X-Forwarded-For, the first address that is not a trusted
+    /// proxy's, since what stands left of it anybody could have written.
+    pub fn new(snapshot: &Snapshot, peer: &Peer, headers: &HeaderMap) -> Self {
+        let address = peer.address.ip().to_canonical();
+        let proxies = snapshot
+            .listener(peer.listener)
+            .map(|listener| &*listener.trusted_proxies)
+            .unwrap_or_default();
+        let is_proxy = |address: &IpAddr| proxies.iter().any(|network| network.contains(address));
+        if !is_proxy(&address) {
+            return Self {
+                peer: address,
+                client: address,
+                trusted: false,
+            };
+        }
+        let mut client = address;
+        for forwarded in forwarded_from_the_right(headers) {
+            match forwarded {
+                Some(address) => client = address,
+                None => break,
+            }
+            if !is_proxy(&client) {
+                break;
+            }
+        }
+        Self {
+            peer: address,
+            client,
+            trusted: true,
+        }
+    }
+
+    /// What routing reads of the request.
+    pub fn head<'a>(&self, parts: &'a Parts, host: &'a str) -> RequestHead<'a> {
+        RequestHead {
+            host,
+            path: parts.uri.path(),
+            query: parts.uri.query(),
+            method: &parts.method,
+            headers: &parts.headers,
+            client: self.client,
+        }
+    }
+}
+
+/// The host that a request is for, in lower case and without port (RFC 9112 section 3.2).
+///
+/// # Errors
+///
+/// [`ProxyError::BadRequest`] for a missing, repeated or malformed Host, and
+/// [`ProxyError::MethodNotAllowed`] for methods that are not for gateways.
+pub fn host(parts: &Parts) -> Result<Cow<'_, str>, ProxyError> {
+    if matches!(parts.method, Method::CONNECT | Method::TRACE) {
+        return Err(ProxyError::MethodNotAllowed);
+    }
+    let mut fields = parts.headers.get_all(HOST).iter();
+    let (field, more) = (fields.next(), fields.next());
+    if more.is_some() {
+        return Err(ProxyError::BadRequest("more than one Host header"));
+    }
+    let authority = match (parts.uri.authority(), field) {
+        (Some(authority), Some(field))
+            if authority.as_str().eq_ignore_ascii_case(host_field(field)?) =>
+        {
+            authority.as_str()
+        }
+        (Some(_), Some(_)) => {
+            return Err(ProxyError::BadRequest(
+                "the Host header is not the host of the target",
+            ));
+        }
+        (None, Some(field)) => host_field(field)?,
+        (Some(authority), None) if parts.version == Version::HTTP_10 => {
+            valid_authority(authority.as_str())?
+        }
+        (None, None) if parts.version == Version::HTTP_10 => "",
+        (_, None) => return Err(ProxyError::BadRequest("no Host header")),
+    };
+    Ok(normalize_host(authority))
+}
+
+fn host_field(field: &HeaderValue) -> Result<&str, ProxyError> {
+    valid_authority(text(field).unwrap_or("?"))
+}
+
+/// A host with or without a port; no userinfo, which RFC 9110 section 4.2.4 wants treated as an
+/// error.
+fn valid_authority(authority: &str) -> Result<&str, ProxyError> {
+    let well_formed = authority.is_empty() || authority.parse::<Authority>().is_ok();
+    if !well_formed || authority.contains(['@', ',', '?']) {
+        return Err(ProxyError::BadRequest("malformed host"));
+    }
+    Ok(authority)
+}
+
+/// A host as routes name it: in lower case, without port and trailing dot.
+pub fn normalize_host(authority: &str) -> Cow<'_, str> {
+    lower(without_port(authority))
+}
+
+fn without_port(authority: &str) -> &str {
+    match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+        _ => authority,
+    }
+}
+
+fn lower(host: &str) -> Cow<'_, str> {
+    let host = host.strip_suffix('.').unwrap_or(host);
+    if host.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        Cow::Owned(host.to_ascii_lowercase())
+    } else {
+        Cow::Borrowed(host)
+    }
+}
+
+/// The entries of X-Forwarded-For, last first; `None` for one that is no address.
+fn forwarded_from_the_right(headers: &HeaderMap) -> impl Iterator<Item = Option<IpAddr>> {
+    let lines: Vec<&HeaderValue> = headers.get_all(X_FORWARDED_FOR).iter().collect();
+    lines.into_iter().rev().flat_map(|line| {
+        let entries = text(line)
+            .unwrap_or("?")
+            .rsplit(',')
+            .map(|entry| entry.trim().trim_matches(['[', ']']));
+        entries.map(|entry| {
+            entry
+                .parse::<IpAddr>()
+                .ok()
+                .map(|address| address.to_canonical())
+        })
+    })
+}
