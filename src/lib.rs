@@ -20,6 +20,7 @@ pub mod backend;
 pub mod config;
 pub mod proxy;
 pub mod routing;
+pub mod server;
 pub mod snapshot;
 pub mod telemetry;
 pub mod upstream;

@@ -1,0 +1,129 @@
+//! Where clients come in: sockets, the acceptor that spreads connections, the workers that serve
+//! them, and the drain.
+//!
+//! One thread accepts for all listeners and hands each connection to the worker that has the
+//! fewest. The kernel's own spreading (`SO_REUSEPORT`) hashes addresses, so that two long-lived
+//! connections may well share one worker while another sits idle; it also loses queued connections
+//! when a listener closes, and hides a second process on the port.
+
+pub mod acceptor;
+pub mod worker;
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::sync::watch;
+
+use crate::telemetry::metrics::{Level, Metrics};
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 4096;
+
+/// Where a listener is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// It takes connections.
+    Serving,
+    /// It takes none any more; those it has end with the request they are serving.
+    Draining,
+}
+
+/// An open listener as its owner sees it: dropping it begins its drain.
+#[derive(Debug)]
+pub struct OpenListener {
+    /// The address in the configuration; its port may be 0.
+    pub configured: SocketAddr,
+    /// The address that it is bound to.
+    pub bound: SocketAddr,
+    /// The name in the configuration.
+    pub name: Arc<str>,
+    /// What counts its connections; another one once it has another name.
+    active: Arc<ArcSwap<Level>>,
+    phase: watch::Sender<Phase>,
+}
+
+/// A bound socket on its way to the acceptor.
+#[derive(Debug)]
+pub struct Socketed {
+    socket: TcpListener,
+    bound: SocketAddr,
+    name: Arc<str>,
+    active: Arc<ArcSwap<Level>>,
+    phase: watch::Receiver<Phase>,
+}
+
+/// Binds a listener. It accepts nothing until it is handed to the acceptor.
+///
+/// # Errors
+///
+/// Whatever the operating system has against the address.
+pub fn bind(
+    configured: SocketAddr,
+    name: &Arc<str>,
+    metrics: &Metrics,
+) -> io::Result<(OpenListener, Socketed)> {
+    let socket = listen(configured)?;
+    let bound = socket.local_addr()?;
+    let active = Arc::new(ArcSwap::new(level(name, metrics)));
+    let (sender, phase) = watch::channel(Phase::Serving);
+    let open = OpenListener {
+        configured,
+        bound,
+        name: Arc::clone(name),
+        active: Arc::clone(&active),
+        phase: sender,
+    };
+    let name = Arc::clone(name);
+    Ok((
+        open,
+        Socketed {
+            socket,
+            bound,
+            name,
+            active,
+            phase,
+        },
+    ))
+}
+
+fn level(name: &str, metrics: &Metrics) -> Arc<Level> {
+    metrics.level("serin_connections_active", &[("listener", name)])
+}
+
+impl OpenListener {
+    /// Gives it another name; connections that come from now on are counted under that.
+    pub fn rename(&mut self, name: &Arc<str>, metrics: &Metrics) {
+        if self.name != *name {
+            self.name = Arc::clone(name);
+            self.active.store(level(name, metrics));
+        }
+    }
+}
+
+/// A socket that listens, without blocking.
+///
+/// # Errors
+///
+/// Whatever the operating system has against the address.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
+    // A restarted proxy must not wait for connections of the old one to leave TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+impl Drop for OpenListener {
+    fn drop(&mut self) {
+        self.phase.send_replace(Phase::Draining);
+    }
+}

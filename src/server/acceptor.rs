@@ -1,0 +1,161 @@
+//! Accepts the connections of all listeners and gives each to the worker that has the fewest.
+
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::task::Poll;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, info, warn};
+
+use crate::proxy::origin::Peer;
+use crate::telemetry::metrics::Level;
+
+use super::worker::{Accepted, WorkerHandle};
+use super::{Phase, Socketed};
+
+/// How long accepting rests when the process has run out of file descriptors.
+const EXHAUSTION_PAUSE: Duration = Duration::from_millis(100);
+
+/// The way to hand listeners to the acceptor's thread, which ends when nobody can and its listeners
+/// have drained.
+#[derive(Clone, Debug)]
+pub struct Acceptor {
+    sockets: mpsc::UnboundedSender<Socketed>,
+}
+
+/// One listener's task.
+struct Accepting {
+    socket: TcpListener,
+    bound: SocketAddr,
+    phase: watch::Receiver<Phase>,
+    active: Arc<ArcSwap<Level>>,
+    workers: Arc<[WorkerHandle]>,
+}
+
+// === impl Acceptor ===
+
+impl Acceptor {
+    /// Starts the acceptor's thread.
+    ///
+    /// # Errors
+    ///
+    /// When the operating system gives no thread or no reactor.
+    pub fn start(workers: Arc<[WorkerHandle]>) -> io::Result<(Self, JoinHandle<()>)> {
+        let (sender, mut sockets) = mpsc::unbounded_channel();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let run = move || {
+            let local = tokio::task::LocalSet::new();
+            local.spawn_local(async move {
+                while let Some(socketed) = sockets.recv().await {
+                    match Accepting::new(socketed, Arc::clone(&workers)) {
+                        Ok(accepting) => drop(tokio::task::spawn_local(accepting.run())),
+                        Err(error) => warn!(%error, "a listener cannot be watched for connections"),
+                    }
+                }
+            });
+            runtime.block_on(local);
+        };
+        let thread = std::thread::Builder::new()
+            .name("serin-accept".into())
+            .spawn(run)?;
+        Ok((Self { sockets: sender }, thread))
+    }
+
+    /// Opens a listener to connections.
+    pub fn open(&self, socketed: Socketed) {
+        if self.sockets.send(socketed).is_err() {
+            warn!("the acceptor is gone");
+        }
+    }
+}
+
+// === impl Accepting ===
+
+impl Accepting {
+    fn new(socketed: Socketed, workers: Arc<[WorkerHandle]>) -> io::Result<Self> {
+        let Socketed {
+            socket,
+            bound,
+            name,
+            active,
+            phase,
+        } = socketed;
+        info!(listener = %name, address = %bound, "listening");
+        Ok(Self {
+            socket: TcpListener::from_std(socket)?,
+            bound,
+            phase,
+            active,
+            workers,
+        })
+    }
+
+    async fn run(mut self) {
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                accepted = self.socket.accept() => accepted,
+                // The sender's end is a drop, which says the same as `Draining`.
+                _ = self.phase.wait_for(|phase| *phase == Phase::Draining) => break,
+            };
+            match accepted {
+                Ok((stream, peer)) => self.hand_over(stream, peer),
+                Err(error) => self.rest_after(&error).await,
+            }
+        }
+        self.empty_backlog().await;
+        info!(address = %self.bound, "no longer listening");
+    }
+
+    /// Takes what was queued when the drain began: the kernel would reset those connections.
+    async fn empty_backlog(&self) {
+        let queued = || poll_fn(|cx| Poll::Ready(self.socket.poll_accept(cx)));
+        while let Poll::Ready(Ok((stream, peer))) = queued().await {
+            self.hand_over(stream, peer);
+        }
+    }
+
+    fn hand_over(&self, stream: TcpStream, address: SocketAddr) {
+        let Some(worker) = self
+            .workers
+            .iter()
+            .min_by_key(|worker| worker.connections())
+        else {
+            return;
+        };
+        // The worker registers the connection with its own reactor; it must leave this one's.
+        let stream = match stream.set_nodelay(true).and_then(|()| stream.into_std()) {
+            Ok(stream) => stream,
+            Err(error) => return debug!(%error, "connection was gone before it was served"),
+        };
+        worker.serve(Accepted {
+            stream,
+            peer: Peer {
+                listener: self.bound,
+                address,
+            },
+            phase: self.phase.clone(),
+            active: self.active.load().up(),
+        });
+    }
+
+    /// A client that left the queue is nothing; without file descriptors, trying again at once
+    /// would spin.
+    async fn rest_after(&self, error: &io::Error) {
+        if error.kind() == io::ErrorKind::ConnectionAborted
+            || error.kind() == io::ErrorKind::Interrupted
+        {
+            return;
+        }
+        warn!(%error, address = %self.bound, "cannot accept");
+        tokio::time::sleep(EXHAUSTION_PAUSE).await;
+    }
+}

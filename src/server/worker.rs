@@ -1,0 +1,204 @@
+//! A worker: one thread, one runtime, its own connections to clients and to endpoints.
+
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::io;
+use std::net::TcpStream;
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use http::header::{CONNECTION, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::timeout;
+use tracing::debug;
+
+use crate::proxy::Proxy;
+use crate::proxy::origin::Peer;
+use crate::snapshot::{Live, Reader};
+use crate::telemetry::metrics::{Metrics, Up};
+use crate::upstream::Pools;
+
+use super::Phase;
+
+/// How often idle connections to endpoints are looked at.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long a connection without any request yet is waited for when it has to end.
+const FIRST_REQUEST_GRACE: Duration = Duration::from_secs(1);
+
+/// A connection on its way to a worker.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The connection.
+    pub stream: TcpStream,
+    /// Its other end.
+    pub peer: Peer,
+    /// When it has to end.
+    pub phase: watch::Receiver<Phase>,
+    /// Counts it among the connections of its listener.
+    pub active: Up,
+}
+
+/// The way to a worker.
+#[derive(Debug)]
+pub struct WorkerHandle {
+    inbox: mpsc::UnboundedSender<(Accepted, Serving)>,
+    load: Arc<AtomicUsize>,
+}
+
+/// Counts a connection as one of its worker's, from before it is handed over until it has ended.
+#[derive(Debug)]
+struct Serving(Arc<AtomicUsize>);
+
+struct Worker {
+    inbox: mpsc::UnboundedReceiver<(Accepted, Serving)>,
+    live: Arc<Live>,
+    metrics: Arc<Metrics>,
+}
+
+// === impl WorkerHandle ===
+
+impl WorkerHandle {
+    /// Starts a worker; its thread ends when the handle is dropped.
+    ///
+    /// # Errors
+    ///
+    /// When the operating system gives no thread or no reactor.
+    pub fn start(
+        index: usize,
+        live: Arc<Live>,
+        metrics: Arc<Metrics>,
+    ) -> io::Result<(Self, JoinHandle<()>)> {
+        let (sender, inbox) = mpsc::unbounded_channel();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let run = move || {
+            let worker = Worker {
+                inbox,
+                live,
+                metrics,
+            };
+            runtime.block_on(tokio::task::LocalSet::new().run_until(worker.run()));
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("serin-work-{index}"))
+            .spawn(run)?;
+        Ok((
+            Self {
+                inbox: sender,
+                load: Arc::default(),
+            },
+            thread,
+        ))
+    }
+
+    /// The connections that it serves or is about to serve.
+    pub fn connections(&self) -> usize {
+        self.load.load(Ordering::Relaxed)
+    }
+
+    /// Hands a connection over.
+    pub fn serve(&self, accepted: Accepted) {
+        self.load.fetch_add(1, Ordering::Relaxed);
+        let serving = Serving(Arc::clone(&self.load));
+        if self.inbox.send((accepted, serving)).is_err() {
+            debug!("the worker is gone");
+        }
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+// === impl Worker ===
+
+impl Worker {
+    async fn run(mut self) {
+        let pools = Pools::new(Arc::clone(&self.metrics));
+        let mut published = self.live.subscribe();
+        let proxy = Rc::new(Proxy::new(
+            Reader::new(self.live),
+            Rc::clone(&pools),
+            self.metrics,
+        ));
+        let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+        loop {
+            tokio::select! {
+                handed = self.inbox.recv() => match handed {
+                    Some((accepted, serving)) => drop(tokio::task::spawn_local(serve(Rc::clone(&proxy), accepted, serving))),
+                    None => return,
+                },
+                // A worker without requests would hold on to the old snapshot, with its user lists,
+                // for as long.
+                _ = published.changed() => pools.sweep(&proxy.live().current(), Instant::now()),
+                _ = sweep.tick() => pools.sweep(&proxy.live().current(), Instant::now()),
+            }
+        }
+    }
+}
+
+/// Serves a connection to its end. The place where HTTP/2 will branch off.
+async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
+    let Accepted {
+        stream,
+        peer,
+        mut phase,
+        active: _active,
+    } = accepted;
+    let stream = match tokio::net::TcpStream::from_std(stream) {
+        Ok(stream) => stream,
+        Err(error) => return debug!(%error, "connection cannot be served"),
+    };
+    let draining = Cell::new(false);
+    let first_request = Notify::new();
+    let is_fresh = Cell::new(true);
+    let service = service_fn(|request| async {
+        if is_fresh.replace(false) {
+            first_request.notify_one();
+        }
+        let mut response = proxy.handle(&peer, request).await;
+        if draining.get() {
+            // hyper closes after this response, but does not say so.
+            response
+                .headers_mut()
+                .insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        Ok::<_, Infallible>(response)
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(proxy.live().current().idle_timeout(peer.listener))
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = pin!(connection);
+    let drain = async {
+        // The sender's end is a drop, which says the same as `Draining`.
+        let _ = phase.wait_for(|phase| *phase == Phase::Draining).await;
+        draining.set(true);
+        if is_fresh.get() {
+            // It came out of the queue of a closing listener: its request is on the way.
+            let _ = timeout(FIRST_REQUEST_GRACE, first_request.notified()).await;
+        }
+    };
+    let ended = tokio::select! {
+        biased;
+        ended = connection.as_mut() => ended,
+        () = drain => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        debug!(%error, peer = %peer.address, "connection ended");
+    }
+}
