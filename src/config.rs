@@ -15,6 +15,7 @@ pub mod file;
 pub mod load;
 pub mod problem;
 pub mod value;
+pub mod watch;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

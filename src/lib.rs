@@ -18,6 +18,7 @@
 
 pub mod backend;
 pub mod config;
+pub mod control;
 pub mod proxy;
 pub mod routing;
 pub mod server;

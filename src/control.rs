@@ -1,0 +1,579 @@
+//! The single writer: whatever changes at run time comes here as a [`Change`], is compiled and
+//! published, or refused whole.
+//!
+//! Nothing else may publish a snapshot, so there is no question of which of two changes came first,
+//! and what the status page says is what is in force.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use arc_swap::ArcSwap;
+use tokio::sync::{mpsc, oneshot};
+use tracing::{error, info, warn};
+
+use crate::backend::Endpoints;
+use crate::config::document::{Node, Path};
+use crate::config::load::{Loaded, LoadedList};
+use crate::config::{Config, ListSource, Problem, Problems, Workers, problem::Severity};
+use crate::routing::UserList;
+use crate::server::acceptor::Acceptor;
+use crate::server::{self, OpenListener, Socketed};
+use crate::snapshot::{Live, Revision, Snapshot, compile};
+use crate::telemetry::metrics::Metrics;
+
+/// Something that changes what is served.
+#[derive(Debug)]
+pub enum Change {
+    /// The configuration was read again: take it over, or note why it cannot be used.
+    Config {
+        /// What reading it gave.
+        loaded: Result<Box<Loaded>, Problems>,
+        /// Told what became of it.
+        reply: Option<oneshot::Sender<Result<Revision, Problems>>>,
+    },
+    /// A user list was read again.
+    UserList {
+        /// Which one.
+        source: ListSource,
+        /// What reading it gave.
+        loaded: Result<LoadedList, String>,
+    },
+    /// Watching files for changes failed, or works again.
+    Watching(Watching),
+}
+
+/// How file changes are noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watching {
+    /// The kernel tells, and polling makes sure.
+    Events,
+    /// By polling alone.
+    Polling,
+    /// Not at all: the configuration is built in.
+    Nothing,
+}
+
+/// What is in force and what became of the last attempt to change it.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// The snapshot in force.
+    pub revision: Revision,
+    /// The configuration in force.
+    pub loaded: Arc<Loaded>,
+    /// When it was taken over.
+    pub taken_over_at: SystemTime,
+    /// When somebody last tried to change it.
+    pub last_attempt_at: SystemTime,
+    /// Why that failed, if it did.
+    pub refused: Option<Arc<Problems>>,
+    /// What the file says that only a restart can change.
+    pub restart_required: Vec<&'static str>,
+    /// Lists whose file could not be read again, and why; the ids read before stay in force.
+    pub stale_lists: Vec<(Arc<str>, String)>,
+    /// How file changes are noticed.
+    pub watching: Watching,
+}
+
+/// The current status, for everybody to read.
+pub type StatusBoard = Arc<ArcSwap<Status>>;
+
+/// The single writer.
+#[derive(Debug)]
+pub struct Control {
+    live: Arc<Live>,
+    metrics: Arc<Metrics>,
+    endpoints: Endpoints,
+    listeners: Vec<OpenListener>,
+    /// What the process started with and cannot change.
+    fixed: Fixed,
+    board: StatusBoard,
+}
+
+/// How often a replaced snapshot is asked whether it is still in use.
+const RETIREMENT_TICK: Duration = Duration::from_millis(200);
+
+const EXPIRY: &str = "serin_user_list_expiry_timestamp_seconds";
+const LIST_GAUGES: [&str; 5] = [
+    "serin_user_list_entries",
+    "serin_user_list_bytes",
+    "serin_user_list_last_load_successful",
+    "serin_user_list_last_load_success_timestamp_seconds",
+    EXPIRY,
+];
+
+#[derive(Debug)]
+struct Fixed {
+    workers: Workers,
+    admin: std::net::SocketAddr,
+    duration_buckets: Vec<f64>,
+}
+
+// === impl Control ===
+
+impl Control {
+    /// Binds the listeners and compiles the first snapshot.
+    ///
+    /// # Errors
+    ///
+    /// The listeners that cannot be bound.
+    pub fn new(
+        loaded: Loaded,
+        watching: Watching,
+        metrics: Arc<Metrics>,
+    ) -> Result<(Self, Vec<Socketed>), Problems> {
+        let (listeners, sockets) = bind_new(&loaded, &[], &metrics)?;
+        let fixed = Fixed {
+            workers: loaded.config.workers,
+            admin: loaded.config.admin,
+            duration_buckets: loaded.config.duration_buckets.clone(),
+        };
+        let mut endpoints = Endpoints::default();
+        let revision = Revision(1);
+        let first = snapshot(&loaded, &listeners, revision, &mut endpoints, &metrics);
+        let now = SystemTime::now();
+        let status = Status {
+            revision,
+            loaded: Arc::new(loaded),
+            taken_over_at: now,
+            last_attempt_at: now,
+            refused: None,
+            restart_required: Vec::new(),
+            stale_lists: Vec::new(),
+            watching,
+        };
+        show(&metrics, &status);
+        // Both are there from the start: an increase from nothing is invisible to Prometheus.
+        for result in ["success", "failure"] {
+            metrics
+                .counter("serin_config_reloads_total", &[("result", result)])
+                .increment(0);
+        }
+        let board = Arc::new(ArcSwap::from_pointee(status));
+        Ok((
+            Self {
+                live: Live::new(first),
+                metrics,
+                endpoints,
+                listeners,
+                fixed,
+                board,
+            },
+            sockets,
+        ))
+    }
+
+    /// Where the snapshots hang.
+    pub fn live(&self) -> Arc<Live> {
+        Arc::clone(&self.live)
+    }
+
+    /// Where the status hangs.
+    pub fn board(&self) -> StatusBoard {
+        Arc::clone(&self.board)
+    }
+
+    /// Takes changes until nobody can send any; then the listeners close.
+    pub async fn run(mut self, mut changes: mpsc::Receiver<Change>, acceptor: Acceptor) {
+        while let Some(change) = changes.recv().await {
+            match change {
+                Change::Config { loaded, reply } => {
+                    let result = loaded.and_then(|loaded| self.take_over(*loaded, &acceptor));
+                    let result = result.inspect_err(|problems| self.refuse(problems));
+                    if let Some(reply) = reply {
+                        // Whoever asked may have gone.
+                        let _ = reply.send(result);
+                    }
+                }
+                Change::UserList {
+                    source,
+                    loaded: Ok(list),
+                } => self.take_over_list(&source, list),
+                Change::UserList {
+                    source,
+                    loaded: Err(reason),
+                } => self.keep_list(&source, &reason),
+                Change::Watching(watching) => self.update(|status| status.watching = watching),
+            }
+        }
+    }
+
+    fn take_over(&mut self, loaded: Loaded, acceptor: &Acceptor) -> Result<Revision, Problems> {
+        let (opened, sockets) = bind_new(&loaded, &self.listeners, &self.metrics)?;
+        let (mut kept, closed): (Vec<_>, Vec<_>) = std::mem::take(&mut self.listeners)
+            .into_iter()
+            .partition(|open| {
+                loaded
+                    .config
+                    .listeners
+                    .iter()
+                    .any(|listener| open.serves(listener))
+            });
+        for open in &mut kept {
+            if let Some(listener) = loaded.config.listeners.iter().find(|one| open.serves(one)) {
+                open.rename(&listener.name, &self.metrics);
+            }
+        }
+        self.listeners = kept.into_iter().chain(opened).collect();
+        let revision = self.publish(&loaded);
+        for socket in sockets {
+            acceptor.open(socket);
+        }
+        drop(closed);
+
+        let restart_required = self.fixed.differences(&loaded.config);
+        for what in &restart_required {
+            warn!("the configuration changes {what}, which needs a restart");
+        }
+        for warning in &loaded.warnings.problems {
+            warn!("{}:{warning}", loaded.path.display());
+        }
+        info!(%revision, file = %loaded.path.display(), "configuration taken over");
+        let before = Arc::clone(&self.board.load().loaded);
+        forget(&self.metrics, &before.config, &loaded.config);
+        self.metrics
+            .counter("serin_config_reloads_total", &[("result", "success")])
+            .increment(1);
+        self.update(|status| {
+            status.revision = revision;
+            status.loaded = Arc::new(loaded);
+            status.taken_over_at = SystemTime::now();
+            status.last_attempt_at = status.taken_over_at;
+            status.refused = None;
+            status.restart_required = restart_required;
+            // A list that was not read again is as stale as it was.
+            status
+                .stale_lists
+                .retain(|(name, _)| same_list(&before, &status.loaded, name));
+        });
+        Ok(revision)
+    }
+
+    fn refuse(&mut self, problems: &Problems) {
+        for problem in &problems.problems {
+            error!("{}:{problem}", problems.file.display());
+        }
+        error!(file = %problems.file.display(), "configuration refused; the one in force stays");
+        self.metrics
+            .counter("serin_config_reloads_total", &[("result", "failure")])
+            .increment(1);
+        let refused = Arc::new(problems.clone());
+        self.update(|status| {
+            status.last_attempt_at = SystemTime::now();
+            status.refused = Some(refused);
+        });
+    }
+
+    fn take_over_list(&mut self, source: &ListSource, list: LoadedList) {
+        let mut loaded = Loaded::clone(&self.board.load().loaded);
+        let names: Vec<String> = names_of(&loaded.config, source)
+            .into_iter()
+            .map(str::to_owned)
+            .collect();
+        if names.is_empty() {
+            return;
+        }
+        info!(list = %names.join(","), entries = list.list.len(), "user list taken over");
+        loaded.lists.insert(source.clone(), list);
+        let revision = self.publish(&loaded);
+        self.update(|status| {
+            status.revision = revision;
+            status.loaded = Arc::new(loaded);
+            status
+                .stale_lists
+                .retain(|(name, _)| !names.iter().any(|read| **read == **name));
+        });
+    }
+
+    fn keep_list(&mut self, source: &ListSource, reason: &str) {
+        let loaded = Arc::clone(&self.board.load().loaded);
+        for name in names_of(&loaded.config, source) {
+            error!(
+                list = name,
+                "user list {name} {reason}; the ids read before stay"
+            );
+            self.update(|status| {
+                status.stale_lists.retain(|(stale, _)| **stale != *name);
+                status.stale_lists.push((name.into(), reason.to_owned()));
+            });
+        }
+    }
+
+    fn publish(&mut self, loaded: &Loaded) -> Revision {
+        let revision = Revision(self.board.load().revision.0 + 1);
+        let next = snapshot(
+            loaded,
+            &self.listeners,
+            revision,
+            &mut self.endpoints,
+            &self.metrics,
+        );
+        tokio::task::spawn_local(retire(self.live.publish(next)));
+        self.endpoints.prune();
+        self.metrics.prune();
+        revision
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Status)) {
+        let mut status = Status::clone(&self.board.load());
+        change(&mut status);
+        show(&self.metrics, &status);
+        self.board.store(Arc::new(status));
+    }
+}
+
+// === impl Status ===
+
+impl Status {
+    /// What became of reading the list of this name again, if that failed.
+    pub fn stale(&self, list: &str) -> Option<&str> {
+        self.stale_lists
+            .iter()
+            .find(|(name, _)| **name == *list)
+            .map(|(_, reason)| reason.as_str())
+    }
+}
+
+// === impl Fixed ===
+
+impl Fixed {
+    fn differences(&self, config: &Config) -> Vec<&'static str> {
+        let differences = [
+            (self.workers != config.workers, "workers"),
+            (self.admin != config.admin, "admin.address"),
+            (
+                self.duration_buckets != config.duration_buckets,
+                "telemetry.durationBuckets",
+            ),
+        ];
+        differences
+            .into_iter()
+            .filter(|(differs, _)| *differs)
+            .map(|(_, what)| what)
+            .collect()
+    }
+}
+
+impl OpenListener {
+    /// Another name or timeout needs no new socket; with port 0 the name tells listeners apart.
+    fn serves(&self, listener: &crate::config::Listener) -> bool {
+        self.configured == listener.address
+            && (listener.address.port() != 0 || self.name == listener.name)
+    }
+}
+
+/// Lets go of a snapshot when nobody uses it any longer. Without this a worker would be the last to
+/// let go, in the middle of its requests, and freeing a list of ten million ids takes a while.
+async fn retire(snapshot: Arc<Snapshot>) {
+    while Arc::strong_count(&snapshot) > 1 {
+        tokio::time::sleep(RETIREMENT_TICK).await;
+    }
+    // Nobody waits for it.
+    drop(tokio::task::spawn_blocking(move || drop(snapshot)));
+}
+
+fn same_list(before: &Loaded, after: &Loaded, name: &str) -> bool {
+    let list = |loaded: &Loaded| {
+        let list = loaded
+            .config
+            .user_lists
+            .iter()
+            .find(|list| *list.name == *name)?;
+        Some(Arc::clone(&loaded.lists[&list.source].list))
+    };
+    match (list(before), list(after)) {
+        (Some(before), Some(after)) => Arc::ptr_eq(&before, &after),
+        _ => false,
+    }
+}
+
+/// Binds the listeners that are not open yet: before anything is taken over, so that a reload
+/// happens whole or not at all.
+fn bind_new(
+    loaded: &Loaded,
+    open: &[OpenListener],
+    metrics: &Metrics,
+) -> Result<(Vec<OpenListener>, Vec<Socketed>), Problems> {
+    let mut bound = Vec::new();
+    let mut problems = Vec::new();
+    for (position, listener) in loaded.config.listeners.iter().enumerate() {
+        if open.iter().any(|open| open.serves(listener)) {
+            continue;
+        }
+        match server::bind(listener.address, &listener.name, metrics) {
+            Ok(pair) => bound.push(pair),
+            Err(error) => {
+                let at = Path::default()
+                    .key("listeners")
+                    .index(position)
+                    .key("address");
+                let message = format!("cannot listen on `{}`: {error}", listener.address);
+                let port = listener.address.port();
+                let hint = open
+                    .iter()
+                    .find(|open| open.bound.port() == port)
+                    .map(|open| {
+                        let name = &open.name;
+                        format!("listener `{name}` holds this port: take another one, or restart")
+                    });
+                problems.push(problem_at(&loaded.warnings.source, &at, message, hint));
+            }
+        }
+    }
+    if problems.is_empty() {
+        return Ok(bound.into_iter().unzip());
+    }
+    Err(Problems::new(
+        &loaded.path,
+        &loaded.warnings.source,
+        problems,
+    ))
+}
+
+fn problem_at(source: &str, at: &Path, message: String, hint: Option<String>) -> Problem {
+    let span = Node::parse(source)
+        .map(|document| document.locate(at))
+        .unwrap_or_default();
+    Problem {
+        severity: Severity::Error,
+        span,
+        path: at.to_string(),
+        message,
+        hint,
+    }
+}
+
+fn snapshot(
+    loaded: &Loaded,
+    listeners: &[OpenListener],
+    revision: Revision,
+    endpoints: &mut Endpoints,
+    metrics: &Metrics,
+) -> Snapshot {
+    let mut next = compile(
+        &loaded.config,
+        &lists_in_order(loaded),
+        revision,
+        endpoints,
+        metrics,
+    );
+    for listener in &mut next.listeners {
+        if let Some(open) = listeners.iter().find(|open| open.serves(listener)) {
+            listener.address = open.bound;
+        }
+    }
+    next
+}
+
+/// The snapshot that a configuration would give, for those who only want to ask it.
+pub fn offline_snapshot(loaded: &Loaded) -> Snapshot {
+    let metrics = Metrics::new(&loaded.config.duration_buckets);
+    compile(
+        &loaded.config,
+        &lists_in_order(loaded),
+        Revision(0),
+        &mut Endpoints::default(),
+        &metrics,
+    )
+}
+
+/// The user lists of a configuration in the order of its file.
+fn lists_in_order(loaded: &Loaded) -> Vec<Arc<UserList>> {
+    let list = |list: &crate::config::UserList| Arc::clone(&loaded.lists[&list.source].list);
+    loaded.config.user_lists.iter().map(list).collect()
+}
+
+fn names_of<'c>(config: &'c Config, source: &ListSource) -> Vec<&'c str> {
+    config
+        .user_lists
+        .iter()
+        .filter(|list| list.source == *source)
+        .map(|list| &*list.name)
+        .collect()
+}
+
+/// Shows the status in metrics.
+fn show(metrics: &Metrics, status: &Status) {
+    let flag = |name, on: bool| metrics.gauge(name, &[]).set(f64::from(u8::from(on)));
+    flag(
+        "serin_config_last_reload_successful",
+        status.refused.is_none(),
+    );
+    flag(
+        "serin_config_restart_required",
+        !status.restart_required.is_empty(),
+    );
+    flag(
+        "serin_config_watch_polling",
+        status.watching == Watching::Polling,
+    );
+    metrics
+        .gauge("serin_config_last_reload_success_timestamp_seconds", &[])
+        .set(seconds(status.taken_over_at));
+    metrics.set_config_info(status.revision.0, status.loaded.hash);
+    for list in &status.loaded.config.user_lists {
+        let labels = [("list", &*list.name)];
+        let loaded = &status.loaded.lists[&list.source];
+        let gauge = |name| metrics.gauge(name, &labels);
+        gauge("serin_user_list_entries").set(loaded.list.len() as f64);
+        gauge("serin_user_list_bytes").set(loaded.list.heap_bytes() as f64);
+        gauge("serin_user_list_last_load_successful")
+            .set(f64::from(u8::from(status.stale(&list.name).is_none())));
+        gauge("serin_user_list_last_load_success_timestamp_seconds").set(seconds(loaded.loaded_at));
+        if let Some(expires_at) = list.expires_at {
+            gauge(EXPIRY).set(expires_at as f64);
+        }
+    }
+}
+
+/// Sets what is no longer configured to 0: the registry cannot forget a gauge, and a stale level
+/// would be a lie.
+fn forget(metrics: &Metrics, before: &Config, after: &Config) {
+    let lists: HashSet<&str> = after.user_lists.iter().map(|list| &*list.name).collect();
+    for list in before
+        .user_lists
+        .iter()
+        .filter(|list| !lists.contains(&*list.name))
+    {
+        for name in LIST_GAUGES {
+            metrics.gauge(name, &[("list", &list.name)]).set(0.0);
+        }
+    }
+    for list in after
+        .user_lists
+        .iter()
+        .filter(|list| list.expires_at.is_none())
+    {
+        if before
+            .user_lists
+            .iter()
+            .any(|known| known.name == list.name && known.expires_at.is_some())
+        {
+            metrics.gauge(EXPIRY, &[("list", &list.name)]).set(0.0);
+        }
+    }
+    let still: HashSet<(&str, &str)> = weights(after).collect();
+    for (route, backend) in weights(before).filter(|pair| !still.contains(pair)) {
+        metrics
+            .gauge(
+                "serin_backend_weight",
+                &[("route", route), ("backend", backend)],
+            )
+            .set(0.0);
+    }
+}
+
+fn weights(config: &Config) -> impl Iterator<Item = (&str, &str)> {
+    config.routes.iter().flat_map(|route| {
+        route
+            .targets
+            .iter()
+            .map(|target| (&*route.name, &*config.backends[target.backend].name))
+    })
+}
+
+fn seconds(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs_f64()
+}
