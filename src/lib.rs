@@ -19,6 +19,7 @@
 pub mod backend;
 pub mod config;
 pub mod control;
+pub mod explain;
 pub mod proxy;
 pub mod routing;
 pub mod server;

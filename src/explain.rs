@@ -1,0 +1,361 @@
+//! Says what would become of a request, by running the code that would decide it.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use http::header::{COOKIE, HOST, HeaderName, HeaderValue};
+use http::request::Parts;
+use http::{Method, Request, Uri};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::Serialize;
+
+use crate::proxy::error::ProxyError;
+use crate::proxy::headers::refuse_ambiguous;
+use crate::proxy::origin::{Origin, host};
+use crate::routing::identity::IdentitySource;
+use crate::routing::split::Ratio;
+use crate::routing::{BASELINE, Reason, Target};
+use crate::snapshot::{Route, RouteTarget, Snapshot};
+
+/// A request to explain: what the proxy would have read of it.
+#[derive(Clone, Debug)]
+pub struct Question {
+    parts: Parts,
+    origin: Origin,
+}
+
+/// What would become of a request.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Explanation {
+    /// The route that takes it; `None` is a 404.
+    pub route: Option<String>,
+    /// The reply with which the proxy refuses it, instead of sending it on.
+    pub refused: Option<String>,
+    /// Who the user is.
+    pub identity: Option<ExplainedIdentity>,
+    /// Who gets it, and why.
+    pub decision: Option<ExplainedDecision>,
+    /// Every backend of the route.
+    pub backends: Vec<ExplainedBackend>,
+    /// The snapshot that was asked.
+    pub revision: u64,
+}
+
+/// Who the user is.
+#[derive(Clone, Debug, Serialize)]
+pub struct ExplainedIdentity {
+    /// The id.
+    pub value: String,
+    /// Where it was found.
+    pub source: String,
+}
+
+/// Who gets a request, and why.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExplainedDecision {
+    /// The backend.
+    pub backend: String,
+    /// Its version.
+    pub version: String,
+    /// The reason, as in metrics.
+    pub reason: &'static str,
+    /// The rule, where one decided.
+    pub rule: Option<String>,
+    /// The backend that was decided on but takes no requests.
+    pub failed_over_from: Option<String>,
+    /// True when another such request may get another backend.
+    pub by_lot: bool,
+}
+
+/// A backend of the route.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExplainedBackend {
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// Its weight.
+    pub weight: u32,
+    /// Its share of the users that are split.
+    pub share_percent: f64,
+    /// Whether it takes requests.
+    pub available: bool,
+    /// The share from which this user would be on it, the others keeping their ratios.
+    pub user_enters_at_percent: Option<f64>,
+}
+
+// === impl Question ===
+
+impl Question {
+    /// A question about a request for `path`, with the query if there is one, on `host`, with or
+    /// without port.
+    ///
+    /// # Errors
+    ///
+    /// A path, method or header that no request can have.
+    pub fn new<'h>(
+        host: &str,
+        path: &str,
+        method: &str,
+        headers: impl IntoIterator<Item = (&'h str, &'h str)>,
+        client: IpAddr,
+        trusted: bool,
+    ) -> Result<Self, String> {
+        let uri: Uri = path
+            .parse()
+            .map_err(|_| format!("`{path}` is not a request path"))?;
+        if !uri.path().starts_with('/') || uri.authority().is_some() {
+            return Err(format!("`{path}` does not begin with `/`"));
+        }
+        let mut parts = Request::new(()).into_parts().0;
+        parts.uri = uri;
+        parts.method = Method::from_bytes(method.as_bytes())
+            .map_err(|_| format!("`{method}` is not a method"))?;
+        let client = client.to_canonical();
+        let mut question = Self {
+            parts,
+            origin: Origin {
+                peer: client,
+                client,
+                trusted,
+            },
+        };
+        question.add_header(HOST.as_str(), host)?;
+        for (name, value) in headers {
+            question.add_header(name, value)?;
+        }
+        Ok(question)
+    }
+
+    /// Puts a user's id where the route that takes the request looks for it first.
+    ///
+    /// # Errors
+    ///
+    /// When no route takes it, or its route looks for no id where one could be put.
+    pub fn set_user(&mut self, snapshot: &Snapshot, user: &str) -> Result<(), String> {
+        let host = host(&self.parts).map_err(|error| error.words().to_owned())?;
+        let route = snapshot
+            .find(&self.origin.head(&self.parts, &host))
+            .ok_or("no route takes this request")?;
+        let source = route.gray.identity.iter().find(|source| {
+            matches!(
+                source,
+                IdentitySource::Header(_) | IdentitySource::Cookie(_) | IdentitySource::Query(_)
+            )
+        });
+        match source {
+            Some(IdentitySource::Header(name)) => self.add_header(name.as_str(), user),
+            Some(IdentitySource::Cookie(name)) => {
+                self.add_header(COOKIE.as_str(), &format!("{name}={user}"))
+            }
+            Some(IdentitySource::Query(name)) => {
+                let value = utf8_percent_encode(user, NON_ALPHANUMERIC);
+                let uri = &self.parts.uri;
+                let rest = uri
+                    .query()
+                    .map(|query| format!("&{query}"))
+                    .unwrap_or_default();
+                let target = format!("{}?{name}={value}{rest}", uri.path());
+                self.parts.uri = target
+                    .parse()
+                    .map_err(|_| format!("`{target}` is no path"))?;
+                Ok(())
+            }
+            _ => Err(format!(
+                "route `{}` looks for no id in a header, a cookie or the query",
+                route.name
+            )),
+        }
+    }
+
+    fn add_header(&mut self, name: &str, value: &str) -> Result<(), String> {
+        let parsed = HeaderName::from_bytes(name.as_bytes())
+            .map_err(|_| format!("`{name}` is not a header name"))?;
+        let value = HeaderValue::from_str(value)
+            .map_err(|_| format!("the value of `{name}` is not a header value"))?;
+        self.parts.headers.append(parsed, value);
+        Ok(())
+    }
+}
+
+/// Explains what would become of a request.
+pub fn explain(
+    snapshot: &Snapshot,
+    question: &Question,
+    dice: &mut dyn FnMut() -> u64,
+) -> Explanation {
+    let revision = snapshot.revision.0;
+    let host = match host(&question.parts) {
+        Ok(host) => host,
+        Err(error) => return Explanation::refused(None, &error, revision),
+    };
+    let head = question.origin.head(&question.parts, &host);
+    let Some(route) = snapshot.find(&head) else {
+        return Explanation {
+            route: None,
+            refused: None,
+            identity: None,
+            decision: None,
+            backends: Vec::new(),
+            revision,
+        };
+    };
+    if let Err(error) = refuse_ambiguous(&question.parts.headers, &route.guarded_headers) {
+        return Explanation::refused(Some(route), &error, revision);
+    }
+    let decided = route.gray.decide(&head, question.origin.trusted, dice);
+    let wanted = decided.target;
+    let decision = route.fail_over(decided);
+    let identity = decision
+        .identity
+        .as_ref()
+        .map(|identity| ExplainedIdentity {
+            value: identity.value.to_string(),
+            source: identity.source.map_or_else(
+                || "issued by Serin for this request".to_owned(),
+                |source| route.gray.identity[source].to_string(),
+            ),
+        });
+    let target = &route.targets[decision.target];
+    let decision = ExplainedDecision {
+        backend: target.backend.name.to_string(),
+        version: target.backend.version.to_string(),
+        reason: decision.reason.as_str(),
+        rule: decision.rule.map(str::to_owned),
+        failed_over_from: (wanted != decision.target)
+            .then(|| route.targets[wanted].backend.name.to_string()),
+        by_lot: decision.reason == Reason::Random || decision.issued_identity().is_some(),
+    };
+    let user = identity.as_ref().map(|identity| identity.value.as_str());
+    Explanation {
+        route: Some(route.name.to_string()),
+        refused: None,
+        backends: explain_backends(route, user),
+        identity,
+        decision: Some(decision),
+        revision,
+    }
+}
+
+impl Explanation {
+    fn refused(route: Option<&Route>, error: &ProxyError, revision: u64) -> Self {
+        Self {
+            route: route.map(|route| route.name.to_string()),
+            refused: Some(format!("{}: {}", error.status(), error.words())),
+            identity: None,
+            decision: None,
+            backends: Vec::new(),
+            revision,
+        }
+    }
+}
+
+fn explain_backends(route: &Route, user: Option<&str>) -> Vec<ExplainedBackend> {
+    let split = &route.gray.split;
+    let enters = |target: Target| user.and_then(|user| split.entry_share(user, target));
+    let one = |(position, ((target, weight), share)): (usize, ((&RouteTarget, u32), Ratio))| {
+        ExplainedBackend {
+            name: target.backend.name.to_string(),
+            version: target.backend.version.to_string(),
+            weight,
+            share_percent: share.as_percent(),
+            available: target.backend.is_available(),
+            user_enters_at_percent: enters(position).map(Ratio::as_percent),
+        }
+    };
+    route
+        .targets
+        .iter()
+        .zip(split.weights())
+        .zip(split.shares())
+        .enumerate()
+        .map(one)
+        .collect()
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(reply) = &self.refused {
+            return writeln!(f, "refused    {reply}");
+        }
+        let Some(route) = &self.route else {
+            return writeln!(f, "route      none: the reply is 404");
+        };
+        writeln!(f, "route      {route}")?;
+        match &self.identity {
+            Some(identity) => writeln!(f, "identity   {} ({})", identity.value, identity.source)?,
+            None => writeln!(f, "identity   none")?,
+        }
+        if let Some(decision) = &self.decision {
+            writeln!(f, "decision   {}", decision.words())?;
+            writeln!(
+                f,
+                "backend    {} (version {})",
+                decision.backend,
+                shown(&decision.version)
+            )?;
+        }
+        writeln!(f)?;
+        for (position, backend) in self.backends.iter().enumerate() {
+            writeln!(f, "{}", backend.words(position == BASELINE))?;
+        }
+        Ok(())
+    }
+}
+
+impl ExplainedDecision {
+    fn words(&self) -> String {
+        let why = match (self.reason, &self.rule) {
+            ("failover", _) => {
+                let from = self
+                    .failed_over_from
+                    .as_deref()
+                    .unwrap_or("another backend");
+                format!("failover: {from} was decided on, but takes no requests")
+            }
+            (reason, Some(rule)) => format!("{reason}: rule `{rule}`"),
+            ("deny_list", _) => "deny_list: the user always gets the baseline".to_owned(),
+            ("override", _) => "override: the client names the backend".to_owned(),
+            ("sticky", _) => "sticky: hash of the identity".to_owned(),
+            ("random", _) => "random: no identity, so a lot by weight".to_owned(),
+            (reason, _) => format!("{reason}: there is nothing to decide"),
+        };
+        if self.by_lot {
+            format!("{why} (this time)")
+        } else {
+            why
+        }
+    }
+}
+
+impl ExplainedBackend {
+    fn words(&self, baseline: bool) -> String {
+        let enters = match self.user_enters_at_percent {
+            Some(share) if !baseline => format!(", this user enters it at {share:.4} %"),
+            _ => String::new(),
+        };
+        let state = if self.available {
+            ""
+        } else {
+            ", takes no requests"
+        };
+        let role = if baseline { ", the baseline" } else { "" };
+        let Self {
+            name,
+            weight,
+            share_percent,
+            ..
+        } = self;
+        format!(
+            "  {name} (version {}): weight {weight}, {share_percent:.4} % of users{role}{enters}{state}",
+            shown(&self.version)
+        )
+    }
+}
+
+fn shown(version: &str) -> &str {
+    if version.is_empty() { "-" } else { version }
+}
