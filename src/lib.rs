@@ -16,6 +16,7 @@
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the lexicon.
 
+pub mod admin;
 pub mod backend;
 pub mod config;
 pub mod control;
