@@ -17,7 +17,9 @@
 //! `ARCHITECTURE.md` has the map, the invariants and the lexicon.
 
 pub mod admin;
+pub mod app;
 pub mod backend;
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod explain;

@@ -1,0 +1,321 @@
+//! The composition root: from a checked configuration to running threads, and back.
+//!
+//! ```text
+//! serin-control   control (single writer), reloader, admin, metrics upkeep
+//! serin-accept    all listeners
+//! serin-work-N    the requests of its connections
+//! ```
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::{info, warn};
+
+use crate::admin::Admin;
+use crate::config::Problems;
+use crate::config::load::Loaded;
+use crate::config::watch::{ReloadRequest, Reloader};
+use crate::config::{Workers, document::Span, problem::Problem, problem::Severity};
+use crate::control::{Change, Control, StatusBoard, Watching};
+use crate::server::acceptor::Acceptor;
+use crate::server::worker::WorkerHandle;
+use crate::server::{self, Phase};
+use crate::snapshot::{Live, Revision};
+use crate::telemetry::metrics::Metrics;
+
+/// How often histograms give up their raw samples.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How often a drain looks whether it is over.
+const DRAIN_TICK: Duration = Duration::from_millis(10);
+
+/// Whether the files of the configuration are watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Follow {
+    /// Changes are taken over.
+    Files,
+    /// There are no files: the configuration is built in.
+    Nothing,
+}
+
+/// A running proxy.
+#[derive(Debug)]
+pub struct App {
+    admin: SocketAddr,
+    live: Arc<Live>,
+    board: StatusBoard,
+    metrics: Arc<Metrics>,
+    reload: mpsc::Sender<ReloadRequest>,
+    phase: watch::Sender<Phase>,
+    workers: Arc<[WorkerHandle]>,
+    worker_threads: Vec<JoinHandle<()>>,
+    acceptor_thread: JoinHandle<()>,
+    control_thread: JoinHandle<()>,
+    /// Ends the control thread when it is dropped.
+    stop: oneshot::Sender<()>,
+}
+
+/// How a drain ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drained {
+    /// Every request had finished.
+    Clean,
+    /// This many connections were cut off.
+    CutOff(usize),
+}
+
+// === impl App ===
+
+impl App {
+    /// Starts a proxy. It serves when this returns.
+    ///
+    /// # Errors
+    ///
+    /// Addresses that cannot be listened on, and threads that the operating system does not give.
+    pub fn start(loaded: Loaded, follow: Follow) -> Result<Self, Problems> {
+        let file = loaded.path.clone();
+        let failed = |what: &str, error: io::Error| {
+            Problems::whole_file(&file, format!("cannot start {what}: {error}"))
+        };
+        let metrics = Arc::new(Metrics::new(&loaded.config.duration_buckets));
+        let admin_socket = bind_admin(&loaded)?;
+        let admin = admin_socket
+            .local_addr()
+            .map_err(|error| failed("the admin listener", error))?;
+        let watching = match follow {
+            Follow::Files => Watching::Events,
+            Follow::Nothing => Watching::Nothing,
+        };
+        let (changes, change_receiver) = mpsc::channel(16);
+        let (reload, reload_requests) = mpsc::channel(16);
+        let count = worker_count(loaded.config.workers);
+        let reloader = (follow == Follow::Files)
+            .then(|| Reloader::new(&loaded, changes.clone(), reload_requests));
+
+        let (control, sockets) = Control::new(loaded, watching, Arc::clone(&metrics))?;
+        let (live, board) = (control.live(), control.board());
+        let (workers, worker_threads) =
+            start_workers(count, &live, &metrics).map_err(|error| failed("the workers", error))?;
+        metrics.gauge("serin_workers", &[]).set(count as f64);
+        let (acceptor, acceptor_thread) =
+            Acceptor::start(Arc::clone(&workers)).map_err(|error| failed("the acceptor", error))?;
+        for socket in sockets {
+            acceptor.open(socket);
+        }
+
+        let phase = watch::Sender::new(Phase::Serving);
+        let (stop, stopped) = oneshot::channel();
+        let admin_job = Admin {
+            live: Arc::clone(&live),
+            board: Arc::clone(&board),
+            metrics: Arc::clone(&metrics),
+            reload: reload.clone(),
+            phase: phase.subscribe(),
+        };
+        let jobs = ControlJobs {
+            control,
+            changes: (changes, change_receiver),
+            acceptor,
+            reloader,
+            admin: (admin_job, admin_socket),
+            metrics: Arc::clone(&metrics),
+            phase: phase.subscribe(),
+            stopped,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        let runtime = runtime.map_err(|error| failed("the control runtime", error))?;
+        let control_thread = std::thread::Builder::new()
+            .name("serin-control".into())
+            .spawn(move || {
+                runtime.block_on(tokio::task::LocalSet::new().run_until(jobs.run()));
+                // A file that cannot be read (a hung network mount) must not hold up the end.
+                runtime.shutdown_background();
+            })
+            .map_err(|error| failed("the control thread", error))?;
+        info!(admin = %admin, workers = count, "serin is up");
+        Ok(Self {
+            admin,
+            live,
+            board,
+            metrics,
+            reload,
+            phase,
+            workers,
+            worker_threads,
+            acceptor_thread,
+            control_thread,
+            stop,
+        })
+    }
+
+    /// Where the admin listener is bound.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// Where the listener of this name is bound.
+    pub fn listener(&self, name: &str) -> Option<SocketAddr> {
+        let snapshot = self.live.load();
+        snapshot
+            .listeners
+            .iter()
+            .find(|listener| *listener.name == *name)
+            .map(|listener| listener.address)
+    }
+
+    /// Where the snapshots hang.
+    pub fn live(&self) -> &Arc<Live> {
+        &self.live
+    }
+
+    /// What is in force, and what became of the last change.
+    pub fn board(&self) -> &StatusBoard {
+        &self.board
+    }
+
+    /// The metrics.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// The connections that each worker serves now.
+    pub fn connections(&self) -> Vec<usize> {
+        self.workers.iter().map(WorkerHandle::connections).collect()
+    }
+
+    /// Asks for the configuration to be read again, without waiting for it; control logs what
+    /// becomes of it.
+    pub fn request_reload(&self) {
+        let (sender, _) = oneshot::channel();
+        if self.reload.try_send(sender).is_err() {
+            warn!("a reload is not possible now: too many are waiting, or there is no file");
+        }
+    }
+
+    /// Reads the configuration again; `None` when there is no file to read.
+    pub async fn reload(&self) -> Option<Result<Revision, Problems>> {
+        let (sender, outcome) = oneshot::channel();
+        self.reload.send(sender).await.ok()?;
+        outcome.await.ok()
+    }
+
+    /// Stops accepting, lets requests in flight finish, and ends; the configuration says how long
+    /// that may take.
+    pub fn shut_down(self) -> Drained {
+        let limit = self.board.load().loaded.config.shutdown_timeout;
+        let deadline = Instant::now() + limit;
+        info!(limit = ?limit, "draining");
+        // Readiness fails, and control ends, with which its listeners close.
+        self.phase.send_replace(Phase::Draining);
+        drop(self.reload);
+        join(self.acceptor_thread, "the acceptor");
+        let busy = || {
+            self.workers
+                .iter()
+                .map(WorkerHandle::connections)
+                .sum::<usize>()
+        };
+        while busy() > 0 && Instant::now() < deadline {
+            std::thread::sleep(DRAIN_TICK);
+        }
+        let cut_off = busy();
+        drop(self.workers);
+        for thread in self.worker_threads {
+            join(thread, "a worker");
+        }
+        drop(self.stop);
+        join(self.control_thread, "the control thread");
+        if cut_off == 0 {
+            Drained::Clean
+        } else {
+            Drained::CutOff(cut_off)
+        }
+    }
+}
+
+fn join(thread: JoinHandle<()>, what: &str) {
+    if thread.join().is_err() {
+        warn!("{what} panicked");
+    }
+}
+
+/// What the control thread does.
+struct ControlJobs {
+    control: Control,
+    /// With a sender, since control ends when nobody can send any change.
+    changes: (mpsc::Sender<Change>, mpsc::Receiver<Change>),
+    acceptor: Acceptor,
+    reloader: Option<Reloader>,
+    admin: (Admin, TcpListener),
+    metrics: Arc<Metrics>,
+    phase: watch::Receiver<Phase>,
+    stopped: oneshot::Receiver<()>,
+}
+
+impl ControlJobs {
+    async fn run(mut self) {
+        let (admin, socket) = self.admin;
+        let metrics = self.metrics;
+        tokio::task::spawn_local(async move {
+            let mut upkeep = tokio::time::interval(UPKEEP_INTERVAL);
+            loop {
+                upkeep.tick().await;
+                metrics.run_upkeep();
+            }
+        });
+        tokio::task::spawn_local(admin.run(socket));
+        if let Some(reloader) = self.reloader {
+            tokio::task::spawn_local(reloader.run());
+        }
+        let (_sender, changes) = self.changes;
+        tokio::select! {
+            () = self.control.run(changes, self.acceptor) => {}
+            _ = self.phase.wait_for(|phase| *phase == Phase::Draining) => {}
+        }
+        // Probes and metrics are served to the end of the drain; the sender's end is a drop.
+        let _ = self.stopped.await;
+    }
+}
+
+type Workforce = (Arc<[WorkerHandle]>, Vec<JoinHandle<()>>);
+
+fn start_workers(count: usize, live: &Arc<Live>, metrics: &Arc<Metrics>) -> io::Result<Workforce> {
+    let started: io::Result<Vec<_>> = (0..count)
+        .map(|index| WorkerHandle::start(index, Arc::clone(live), Arc::clone(metrics)))
+        .collect();
+    let (handles, threads): (Vec<_>, Vec<_>) = started?.into_iter().unzip();
+    Ok((handles.into(), threads))
+}
+
+fn worker_count(workers: Workers) -> usize {
+    match workers {
+        Workers::Exactly(count) => usize::from(count),
+        Workers::Auto => std::thread::available_parallelism().map_or(1, usize::from),
+    }
+}
+
+fn bind_admin(loaded: &Loaded) -> Result<TcpListener, Problems> {
+    let address = loaded.config.admin;
+    server::listen(address).map_err(|error| {
+        let message = format!("cannot listen on `{address}` for the admin API: {error}");
+        let span = Span {
+            line: 1,
+            column: 1,
+            bytes: 0..0,
+        };
+        let problem = Problem {
+            severity: Severity::Error,
+            span,
+            path: "admin.address".into(),
+            message,
+            hint: None,
+        };
+        Problems::new(&loaded.path, &loaded.warnings.source, vec![problem])
+    })
+}

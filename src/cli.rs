@@ -1,0 +1,137 @@
+//! The command line: its words and their types.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// A traffic proxy for canary and gray releases.
+#[derive(Debug, Parser)]
+#[command(name = "serin", version, about, max_term_width = 100)]
+pub struct Cli {
+    /// What to log: error, warn, info, debug, trace, or a filter such as `info,serin::proxy=debug`.
+    #[arg(
+        long,
+        env = "SERIN_LOG",
+        default_value = "info",
+        global = true,
+        value_name = "FILTER"
+    )]
+    pub log: String,
+
+    /// How to log.
+    #[arg(long, env = "SERIN_LOG_FORMAT", default_value = "text", global = true)]
+    pub log_format: LogFormat,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the proxy.
+    Run(Run),
+    /// Check a configuration file and print every problem. Exits 0 when it can be used, 1 when not,
+    /// 2 when it cannot be read.
+    Check(Check),
+    /// Print what would become of a request, and why.
+    Explain(Explain),
+    /// Print the JSON Schema of the configuration file.
+    Schema,
+    /// Run everything on this machine: two versions of a service, the proxy, some clients, and a
+    /// table that compares.
+    Demo(Demo),
+}
+
+/// Run the proxy.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The configuration file.
+    #[arg(long, short, env = "SERIN_CONFIG", value_name = "FILE")]
+    pub config: PathBuf,
+}
+
+/// Check a configuration file.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// The configuration file.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+/// Explain a request.
+#[derive(Debug, Args)]
+pub struct Explain {
+    /// The configuration file.
+    #[arg(long, short, env = "SERIN_CONFIG", value_name = "FILE")]
+    pub config: PathBuf,
+
+    /// The host of the request.
+    #[arg(long, value_name = "HOST")]
+    pub host: String,
+
+    /// The path of the request, with the query if there is one.
+    #[arg(long, default_value = "/", value_name = "PATH")]
+    pub path: String,
+
+    /// The method of the request.
+    #[arg(long, short = 'X', default_value = "GET", value_name = "METHOD")]
+    pub method: String,
+
+    /// A header of the request; may be repeated.
+    #[arg(long = "header", short = 'H', value_name = "NAME: VALUE")]
+    pub headers: Vec<String>,
+
+    /// The id of the user, put where the route looks for it first.
+    #[arg(long, value_name = "ID")]
+    pub user: Option<String>,
+
+    /// The address of the client.
+    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), value_name = "IP")]
+    pub client: IpAddr,
+
+    /// The request comes through a trusted proxy.
+    #[arg(long)]
+    pub trusted: bool,
+
+    /// Print JSON, as the admin API does.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Run the demonstration.
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// Where the proxy listens.
+    #[arg(long, default_value = "127.0.0.1:8080", value_name = "IP:PORT")]
+    pub listen: SocketAddr,
+
+    /// Where the admin API listens.
+    #[arg(long, default_value = "127.0.0.1:9901", value_name = "IP:PORT")]
+    pub admin: SocketAddr,
+
+    /// Requests per second of the built-in clients; 0 for none.
+    #[arg(long, default_value_t = 200, value_name = "N")]
+    pub rate: u32,
+
+    /// End after this long (default: at Ctrl-C).
+    #[arg(long, value_name = "DURATION", value_parser = crate::config::value::duration)]
+    pub duration: Option<Duration>,
+
+    /// Write the configuration to this file, if there is none yet, and follow it: edit it and see
+    /// the split change.
+    #[arg(long, short, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// How to log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
