@@ -22,6 +22,7 @@ pub mod backend;
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod demo;
 pub mod explain;
 pub mod proxy;
 pub mod routing;

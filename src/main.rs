@@ -1,0 +1,264 @@
+//! The `serin` program: command line in, exit code out.
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+use serin::app::{App, Drained, Follow};
+use serin::cli::{self, Cli, Command, Explain, LogFormat};
+use serin::config::Problems;
+use serin::config::file::json_schema;
+use serin::config::load::{Lists, Loaded, load};
+use serin::control::offline_snapshot;
+use serin::demo::{self, Screen};
+use serin::explain::{Question, explain};
+use serin::snapshot::Snapshot;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::{error, info, warn};
+use tracing_subscriber::EnvFilter;
+
+// glibc's allocator gives the memory of a replaced user list back late, and musl's is slow.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// A file that cannot be used.
+const INVALID: u8 = 1;
+/// A file that cannot be read, or a command line that makes no sense.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(reason) = start_logging(&cli) {
+        return fail(USAGE, &format!("error: --log `{}`: {reason}", cli.log));
+    }
+    match cli.command {
+        Command::Run(run) => run_proxy(&run),
+        Command::Check(check) => run_check(&check),
+        Command::Explain(question) => run_explain(&question),
+        Command::Schema => print(&json_schema()),
+        Command::Demo(options) => run_demo(&options),
+    }
+}
+
+fn run_proxy(run: &cli::Run) -> ExitCode {
+    // Before anything else, since a SIGHUP that nobody handles ends the process.
+    let signals = match Signals::new() {
+        Ok(signals) => signals,
+        Err(error) => return fail(USAGE, &format!("error: signals cannot be handled: {error}")),
+    };
+    let loaded = match load_or_fail(&run.config) {
+        Ok(loaded) => loaded,
+        Err(code) => return code,
+    };
+    for warning in &loaded.warnings.problems {
+        warn!("{}:{warning}", loaded.path.display());
+    }
+    match App::start(loaded, Follow::Files) {
+        Ok(app) => signals.run_until_told(app),
+        Err(problems) => fail_with(&problems),
+    }
+}
+
+/// The signals that steer a running proxy.
+struct Signals {
+    runtime: tokio::runtime::Runtime,
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let guard = runtime.enter();
+        let terminate = signal(SignalKind::terminate())?;
+        let interrupt = signal(SignalKind::interrupt())?;
+        let hangup = signal(SignalKind::hangup())?;
+        drop(guard);
+        Ok(Self {
+            runtime,
+            terminate,
+            interrupt,
+            hangup,
+        })
+    }
+
+    /// Lives until SIGTERM or SIGINT and reloads at SIGHUP; a second signal to end does so at once.
+    fn run_until_told(self, app: App) -> ExitCode {
+        let Self {
+            runtime,
+            mut terminate,
+            mut interrupt,
+            mut hangup,
+        } = self;
+        runtime.block_on(async {
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => break,
+                    _ = interrupt.recv() => break,
+                    _ = hangup.recv() => app.request_reload(),
+                }
+            }
+        });
+        let (sender, drained) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || sender.send(app.shut_down()));
+        runtime.block_on(async {
+            tokio::select! {
+                outcome = drained => match outcome {
+                    Ok(Drained::Clean) => info!("drained"),
+                    Ok(Drained::CutOff(connections)) => {
+                        warn!(connections, "the drain took too long; connections were cut off");
+                    }
+                    Err(_) => error!("the drain panicked"),
+                },
+                _ = terminate.recv() => std::process::exit(143),
+                _ = interrupt.recv() => std::process::exit(130),
+            }
+        });
+        ExitCode::SUCCESS
+    }
+}
+
+fn load_or_fail(file: &Path) -> Result<Loaded, ExitCode> {
+    // Asked before opening, since opening a pipe waits for somebody to write.
+    let readable = match std::fs::metadata(file) {
+        Ok(metadata) if metadata.is_file() => std::fs::File::open(file).map(drop),
+        Ok(_) => Err(std::io::Error::other("not a regular file")),
+        Err(error) => Err(error),
+    };
+    match readable {
+        Ok(()) => load(file, &Lists::new()).map_err(|problems| fail_with(&problems)),
+        Err(error) => Err(fail(USAGE, &format!("error: {}: {error}", file.display()))),
+    }
+}
+
+fn run_check(check: &cli::Check) -> ExitCode {
+    let loaded = match load_or_fail(&check.file) {
+        Ok(loaded) => loaded,
+        Err(code) => return code,
+    };
+    if !loaded.warnings.problems.is_empty() {
+        complain(&loaded.warnings);
+    }
+    let ids: usize = loaded.lists.values().map(|list| list.list.len()).sum();
+    print(&format!(
+        "{}: ok: {} routes, {} backends, {} user lists with {ids} ids\n",
+        check.file.display(),
+        loaded.config.routes.len(),
+        loaded.config.backends.len(),
+        loaded.config.user_lists.len(),
+    ))
+}
+
+fn run_explain(options: &cli::Explain) -> ExitCode {
+    let loaded = match load_or_fail(&options.config) {
+        Ok(loaded) => loaded,
+        Err(code) => return code,
+    };
+    let snapshot = offline_snapshot(&loaded);
+    let question = match question(options, &snapshot) {
+        Ok(question) => question,
+        Err(reason) => return fail(USAGE, &format!("error: {reason}")),
+    };
+    let explanation = explain(&snapshot, &question, &mut || fastrand::u64(..));
+    if options.json {
+        match serde_json::to_string_pretty(&explanation) {
+            Ok(json) => print(&(json + "\n")),
+            Err(error) => fail(INVALID, &format!("error: {error}")),
+        }
+    } else {
+        print(&explanation.to_string())
+    }
+}
+
+fn question(options: &cli::Explain, snapshot: &Snapshot) -> Result<Question, String> {
+    let headers: Result<Vec<_>, _> = options
+        .headers
+        .iter()
+        .map(|line| {
+            line.split_once(':')
+                .map(|(name, value)| (name.trim(), value.trim()))
+                .ok_or(line)
+        })
+        .collect();
+    let headers =
+        headers.map_err(|line| format!("`{line}` is not a header: write `name: value`"))?;
+    let Explain {
+        host,
+        path,
+        method,
+        client,
+        trusted,
+        ..
+    } = options;
+    let mut question = Question::new(host, path, method, headers, *client, *trusted)?;
+    if let Some(user) = &options.user {
+        question.set_user(snapshot, user)?;
+    }
+    Ok(question)
+}
+
+fn run_demo(options: &cli::Demo) -> ExitCode {
+    let mut to_stdout = |text: &str| {
+        print(text);
+    };
+    let mut screen = Screen {
+        print: &mut to_stdout,
+        is_terminal: std::io::stdout().is_terminal(),
+    };
+    match demo::run(options, &mut screen) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problems) => fail_with(&problems),
+    }
+}
+
+fn start_logging(cli: &Cli) -> Result<(), tracing_subscriber::filter::ParseError> {
+    let quiet = matches!(cli.command, Command::Demo(_)) && cli.log == "info";
+    let filter = EnvFilter::builder().parse(if quiet { "warn" } else { &cli.log })?;
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match cli.log_format {
+        LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => logs.json().init(),
+    }
+    Ok(())
+}
+
+/// Prints to standard output; a reader that has gone (`serin schema | head`) is no failure.
+fn print(text: &str) -> ExitCode {
+    let mut out = std::io::stdout().lock();
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    match written {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => ExitCode::from(USAGE),
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+fn complain(problems: &Problems) {
+    // Nothing can be done when standard error is closed.
+    let _ = writeln!(
+        std::io::stderr(),
+        "{}",
+        problems.render(std::io::stderr().is_terminal())
+    );
+}
+
+fn fail_with(problems: &Problems) -> ExitCode {
+    complain(problems);
+    let count = problems.problems.len();
+    let what = if count == 1 { "problem" } else { "problems" };
+    fail(
+        INVALID,
+        &format!("{}: {count} {what}", problems.file.display()),
+    )
+}
+
+fn fail(code: u8, message: &str) -> ExitCode {
+    // Nothing can be done when standard error is closed.
+    let _ = writeln!(std::io::stderr(), "{message}");
+    ExitCode::from(code)
+}
