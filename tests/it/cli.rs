@@ -1,0 +1,327 @@
+//! The program as an operator runs it.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
+
+use crate::support::{Raw, Upstream, eventually, get, shop, single, with_head};
+
+fn serin(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_serin"));
+    command
+        .args(arguments)
+        .env_remove("SERIN_CONFIG")
+        .env_remove("SERIN_LOG")
+        .env_remove("SERIN_LOG_FORMAT");
+    command
+}
+
+fn output(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = serin(arguments).output().unwrap();
+    (
+        status.code(),
+        String::from_utf8(stdout).unwrap(),
+        String::from_utf8(stderr).unwrap(),
+    )
+}
+
+/// A `serin run` of our own, ended with the test.
+struct Running {
+    child: Child,
+    log: BufReader<ChildStderr>,
+}
+
+impl Running {
+    fn start(config: &Path) -> Self {
+        let config = config.to_str().unwrap();
+        let mut child = serin(&["run", "--config", config])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        Self { child, log }
+    }
+
+    /// Reads the log until a line holds `text`, and returns that line.
+    fn wait_for(&mut self, text: &str) -> String {
+        let mut seen = String::new();
+        loop {
+            let start = seen.len();
+            assert!(
+                self.log.read_line(&mut seen).unwrap() > 0,
+                "the log ended before {text:?}: {seen}"
+            );
+            if seen[start..].contains(text) {
+                return seen[start..].to_owned();
+            }
+        }
+    }
+
+    /// The address after `key` in a line of the log.
+    fn address(line: &str, key: &str) -> SocketAddr {
+        let start = line.find(key).unwrap() + key.len();
+        line[start..]
+            .split_whitespace()
+            .next()
+            .unwrap()
+            .parse()
+            .unwrap()
+    }
+
+    fn signal(&self, signal: &str) {
+        let killed = Command::new("kill")
+            .args([signal, &self.child.id().to_string()])
+            .status()
+            .unwrap();
+        assert!(killed.success());
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself, as it should.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn check_exits_with_0_for_a_good_file_1_for_a_bad_one_and_2_for_none() {
+    let (code, out, err) = output(&["check", "config/examples/canary-by-weight.yaml"]);
+    assert_eq!((code, err.as_str()), (Some(0), ""), "{out}");
+    assert!(out.contains("ok: "), "{out}");
+
+    let directory = tempfile::tempdir().unwrap();
+    let bad = directory.path().join("bad.yaml");
+    let example = fs::read_to_string("config/examples/canary-by-weight.yaml").unwrap();
+    fs::write(
+        &bad,
+        example.replacen(
+            "{ name: shop-canary, weight",
+            "{ name: shop-canry, weight",
+            1,
+        ),
+    )
+    .unwrap();
+    let (code, out, err) = output(&["check", bad.to_str().unwrap()]);
+    assert_eq!((code, out.as_str()), (Some(1), ""));
+    assert!(
+        err.contains("unknown backend `shop-canry`") && err.contains("did you mean `shop-canary`?"),
+        "{err}"
+    );
+    assert!(err.contains("bad.yaml:"), "{err}");
+
+    let (code, _, err) = output(&["check", "no-such-file.yaml"]);
+    assert_eq!(code, Some(2), "{err}");
+    assert_eq!(output(&["check"]).0, Some(2));
+    assert_eq!(output(&["check", "config"]).0, Some(2));
+}
+
+#[test]
+fn the_schema_is_the_one_checked_in() {
+    let (code, out, _) = output(&["schema"]);
+    assert_eq!(code, Some(0));
+    assert!(
+        out == fs::read_to_string("config/schema.json").unwrap(),
+        "config/schema.json is out of date: serin schema"
+    );
+}
+
+#[test]
+fn explain_prints_route_identity_decision_and_entry_share() {
+    let config = "config/examples/canary-by-user-list.yaml";
+    let ask = |more: &[&str]| {
+        let (code, out, err) = output(
+            &[
+                &[
+                    "explain",
+                    "--config",
+                    config,
+                    "--host",
+                    "shop.example.com",
+                    "--path",
+                    "/cart",
+                ],
+                more,
+            ]
+            .concat(),
+        );
+        assert_eq!(code, Some(0), "{err}");
+        out
+    };
+    let by_hash = ask(&["--user", "user-1"]);
+    for words in [
+        "route      shop\n",
+        "identity   user-1 (header x-user-id)\n",
+        "sticky",
+        "this user enters it at",
+    ] {
+        assert!(by_hash.contains(words), "{words:?} in {by_hash}");
+    }
+    let by_list = ask(&["-H", "cookie: uid=user-42"]);
+    assert!(
+        by_list.contains("identity   user-42 (cookie uid)")
+            && by_list.contains("user_list: rule `beta`"),
+        "{by_list}"
+    );
+    assert!(by_list.contains("backend    shop-canary"), "{by_list}");
+    let json: serde_json::Value =
+        serde_json::from_str(&ask(&["--user", "bot-crawler", "--json"])).unwrap();
+    assert_eq!(
+        (&json["decision"]["reason"], &json["decision"]["backend"]),
+        (&"deny_list".into(), &"shop-stable".into())
+    );
+    let (code, _, err) = output(&[
+        "explain", "--config", config, "--host", "a", "-H", "no colon",
+    ]);
+    assert_eq!(code, Some(2), "{err}");
+}
+
+#[test]
+fn a_config_that_cannot_be_used_ends_the_start_with_every_problem() {
+    let directory = tempfile::tempdir().unwrap();
+    let bad = directory.path().join("bad.yaml");
+    fs::write(&bad, with_head("backends: [ { name: a, endpoints: [nowhere] } ]\nroutes: [ { name: r, backendRefs: [ { name: b } ] } ]\n")).unwrap();
+    let (code, _, err) = output(&["run", "--config", bad.to_str().unwrap()]);
+    assert_eq!(code, Some(1));
+    assert!(
+        err.contains("`nowhere` is not an `IP:port`") && err.contains("unknown backend `b`"),
+        "{err}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn run_serves_reloads_at_sighup_and_finishes_requests_at_sigterm() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("serin.yaml");
+    fs::write(
+        &path,
+        with_head(&shop(stable.address, canary.address, (1, 0), "")),
+    )
+    .unwrap();
+    let mut running = Running::start(&path);
+    let admin = Running::address(&running.wait_for("serin is up"), "admin=");
+    let web = Running::address(&running.wait_for(" listening "), "address=");
+    assert_eq!(get(web, "/", &[]).await.text(), "stable");
+
+    fs::write(
+        &path,
+        with_head(&shop(stable.address, canary.address, (0, 1), "")),
+    )
+    .unwrap();
+    running.signal("-HUP");
+    running.wait_for("configuration taken over");
+    assert_eq!(get(web, "/", &[]).await.text(), "canary");
+    assert_eq!(get(admin, "/readyz", &[]).await.status.as_u16(), 200);
+
+    let mut busy = Raw::connect(web).await;
+    busy.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    eventually("the request waits", || canary.held() == 1).await;
+    running.signal("-TERM");
+    running.wait_for("no longer listening");
+    canary.release();
+    assert!(busy.read_to_end().await.ends_with("canary"));
+    assert_eq!(running.child.wait().unwrap().code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_signal_ends_at_once() {
+    let upstream = Upstream::start("one").await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("serin.yaml");
+    fs::write(&path, with_head(&single(upstream.address, ""))).unwrap();
+    let mut running = Running::start(&path);
+    let web = Running::address(&running.wait_for(" listening "), "address=");
+    let mut busy = Raw::connect(web).await;
+    busy.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    eventually("the request waits", || upstream.held() == 1).await;
+    running.signal("-TERM");
+    running.wait_for("no longer listening");
+    running.signal("-TERM");
+    assert_eq!(running.child.wait().unwrap().code(), Some(143));
+}
+
+#[test]
+fn the_demo_splits_compares_and_ends() {
+    let demo = [
+        "demo",
+        "--listen",
+        "127.0.0.1:0",
+        "--admin",
+        "127.0.0.1:0",
+        "--duration",
+        "3s",
+        "--rate",
+        "400",
+    ];
+    let (code, out, err) = output(&demo);
+    assert_eq!(code, Some(0), "{err}");
+    let last = |backend: &str| {
+        out.lines()
+            .rfind(|line| line.starts_with(backend))
+            .unwrap_or_else(|| panic!("{out}"))
+    };
+    let requests = |backend| {
+        last(backend)
+            .split_whitespace()
+            .nth(4)
+            .unwrap()
+            .parse::<u32>()
+            .unwrap()
+    };
+    let (stable, canary) = (requests("shop-stable"), requests("shop-canary"));
+    assert!(stable > canary && canary > 20, "{out}");
+    assert!(last("shop-canary").ends_with("ms"), "{out}");
+}
+
+#[test]
+fn a_demo_with_a_file_writes_it_and_uses_it_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("demo.yaml");
+    let path = file.to_str().unwrap();
+    for _ in 0..2 {
+        let demo = [
+            "demo",
+            "--listen",
+            "127.0.0.1:0",
+            "--admin",
+            "127.0.0.1:0",
+            "--duration",
+            "1s",
+            "--config",
+            path,
+        ];
+        let (code, out, err) = output(&demo);
+        assert_eq!(code, Some(0), "{err}");
+        assert!(out.contains("shop-stable"), "{out}");
+        assert_eq!(output(&["check", path]).0, Some(0));
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let mut child = serin(&["schema"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let mut err = String::new();
+    child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut err)
+        .unwrap();
+    assert_eq!((child.wait().unwrap().code(), err.as_str()), (Some(0), ""));
+}

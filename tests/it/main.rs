@@ -1,0 +1,17 @@
+//! The integration tests: a real proxy between real sockets, linked once.
+//!
+//! They wait for facts (a revision, a count, a byte), never for time, and every listener has port
+//! 0.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod admin;
+mod balance;
+mod cli;
+mod errors;
+mod forwarding;
+mod headers;
+mod reload;
+mod shutdown;
+mod split;
+mod support;

@@ -1,0 +1,764 @@
+//! Hot reload: no request fails for it, a bad file never takes effect, and what did not change
+//! stays warm.
+
+use std::fs;
+use std::io::{Seek, Write};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use http::{Method, StatusCode};
+use tokio::task::JoinHandle;
+
+use crate::support::{Client, Proxy, Upstream, eventually, get, shop, single, with_head};
+
+/// Clients that send requests without a pause until they are told to stop.
+struct Load {
+    stop: Arc<AtomicBool>,
+    served: Arc<AtomicUsize>,
+    clients: Vec<JoinHandle<()>>,
+}
+
+impl Load {
+    /// Starts `count` clients; each request must be answered with 200, and with the path's own
+    /// body.
+    fn start(proxy: &Proxy, count: usize) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let served = Arc::new(AtomicUsize::new(0));
+        let address = proxy.address();
+        let clients = (0..count)
+            .map(|client| {
+                let (stop, served) = (Arc::clone(&stop), Arc::clone(&served));
+                tokio::spawn(async move {
+                    let mut connection = Client::connect(address).await;
+                    let mut request = 0;
+                    while !stop.load(Ordering::Relaxed) {
+                        request += 1;
+                        let user = format!("user-{client}-{request}");
+                        let headers = [("x-user-id", user.as_str())];
+                        let (method, path, size) = match request % 3 {
+                            0 => (Method::POST, "/echo", 2000),
+                            1 => (Method::GET, "/bytes/5000", 5000),
+                            _ => (Method::GET, "/bytes/10", 10),
+                        };
+                        let body = if method == Method::POST {
+                            vec![b'x'; size]
+                        } else {
+                            Vec::new()
+                        };
+                        let reply = connection.send(method, path, &headers, body).await;
+                        let reply = reply.unwrap_or_else(|error| panic!("{user}: {error:?}"));
+                        assert_eq!(
+                            (reply.status, reply.body.len()),
+                            (StatusCode::OK, size),
+                            "{user} {}",
+                            reply.text()
+                        );
+                        served.fetch_add(1, Ordering::Relaxed);
+                    }
+                })
+            })
+            .collect();
+        Self {
+            stop,
+            served,
+            clients,
+        }
+    }
+
+    /// Waits until some more requests have been served, so that something happened in between.
+    async fn some_more(&self) {
+        let before = self.served.load(Ordering::Relaxed);
+        eventually("the load goes on", || {
+            self.served.load(Ordering::Relaxed) > before + 20
+        })
+        .await;
+    }
+
+    /// Stops; a client whose request failed has panicked, and so does this.
+    async fn finish(self) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
+        for client in self.clients {
+            client.await.unwrap();
+        }
+        self.served.load(Ordering::Relaxed)
+    }
+}
+
+const GRAY: &str = "    gray: { identity: [ { header: x-user-id } ] }\n";
+
+async fn pair() -> (Upstream, Upstream) {
+    (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    )
+}
+
+/// Replaces a file as most editors do: a new one beside it, renamed over it.
+fn rename_over(path: &Path, content: &str) {
+    let beside = path.with_extension("new");
+    fs::write(&beside, content).unwrap();
+    fs::rename(&beside, path).unwrap();
+}
+
+fn failed_reloads(proxy: &Proxy) -> f64 {
+    proxy.metric("serin_config_reloads_total", &[("result", "failure")])
+}
+
+fn last_reload_failed(proxy: &Proxy) -> bool {
+    proxy.app().board().load().refused.is_some()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifty_reloads_under_load_fail_no_request() {
+    let (stable, canary) = pair().await;
+    let config = |weight| shop(stable.address, canary.address, (100 - weight, weight), GRAY);
+    let proxy = Proxy::start(&config(0));
+    let load = Load::start(&proxy, 4);
+    for swap in 1..=54_u32 {
+        let weight = swap % 100;
+        let before = proxy.revision();
+        let text = with_head(&config(weight));
+        match swap % 3 {
+            0 => fs::write(proxy.config_file(), &text).unwrap(),
+            1 => rename_over(&proxy.config_file(), &text),
+            _ => {
+                // First something torn, then something wrong, then the file as it should be.
+                for bad in [
+                    text[..text.len() / 2].to_owned(),
+                    text.replace("shop-canary, weight", "shop-nobody, weight"),
+                ] {
+                    let failures = failed_reloads(&proxy);
+                    fs::write(proxy.config_file(), bad).unwrap();
+                    eventually("it is refused", || failed_reloads(&proxy) > failures).await;
+                }
+                fs::write(proxy.config_file(), &text).unwrap();
+            }
+        }
+        eventually("the swap is in force", || {
+            let snapshot = proxy.app().live().load();
+            proxy.revision() > before
+                && snapshot.routes[0].gray.split.weights().nth(1) == Some(weight)
+        })
+        .await;
+        load.some_more().await;
+    }
+    let served = load.finish().await;
+    assert!(served > 1000, "only {served} requests");
+    assert_eq!(
+        proxy.metric("serin_config_last_reload_successful", &[]),
+        1.0
+    );
+    assert_eq!(
+        proxy.metric("serin_requests_total", &[("code", "200")]),
+        proxy.metric("serin_requests_total", &[])
+    );
+}
+
+/// A directory as Kubernetes mounts a ConfigMap: the files are links into `..data`, which is a link
+/// to a generation.
+struct Volume(PathBuf);
+
+impl Volume {
+    fn publish(&self, generation: u32, files: &[(&str, &str)]) {
+        let directory = self.0.join(format!("..gen_{generation}"));
+        fs::create_dir(&directory).unwrap();
+        for (name, content) in files {
+            fs::write(directory.join(name), content).unwrap();
+            let link = self.0.join(name);
+            if !link.exists() {
+                symlink(Path::new("..data").join(name), link).unwrap();
+            }
+        }
+        symlink(directory.file_name().unwrap(), self.0.join("..data_tmp")).unwrap();
+        fs::rename(self.0.join("..data_tmp"), self.0.join("..data")).unwrap();
+        if generation > 0 {
+            fs::remove_dir_all(self.0.join(format!("..gen_{}", generation - 1))).unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn config_map_swaps_change_config_and_list_together_under_load() {
+    let (stable, canary) = pair().await;
+    let rest = "    gray:
+      identity: [ { header: x-user-id } ]
+      rules: [ { name: beta, userList: beta, backend: shop-canary } ]
+userLists: [ { name: beta, file: beta.txt } ]
+";
+    let config = |weight| with_head(&shop(stable.address, canary.address, (1000, weight), rest));
+    let directory = tempfile::tempdir().unwrap();
+    let volume = Volume(directory.path().to_owned());
+    volume.publish(0, &[("serin.yaml", &config(0)), ("beta.txt", "user-a\n")]);
+    let path = directory.path().join("serin.yaml");
+    let proxy = Proxy::start_at(&path, directory);
+    let load = Load::start(&proxy, 2);
+    for generation in 1..=8 {
+        let id = format!("user-{generation}");
+        // In every other generation only the list changes.
+        volume.publish(
+            generation,
+            &[("serin.yaml", &config(generation / 2)), ("beta.txt", &id)],
+        );
+        eventually("config and list of this generation are in force", || {
+            let status = proxy.app().board().load();
+            let list = &status.loaded.lists.values().next().unwrap().list;
+            let weight = proxy.app().live().load().routes[0]
+                .gray
+                .split
+                .weights()
+                .nth(1);
+            list.contains(&id) && list.len() == 1 && weight == Some(generation / 2)
+        })
+        .await;
+        load.some_more().await;
+        let reply = get(proxy.address(), "/", &[("x-user-id", &id)]).await;
+        assert_eq!(reply.text(), "canary", "generation {generation}");
+    }
+    load.finish().await;
+}
+
+#[tokio::test]
+async fn a_bad_file_never_takes_effect_and_says_where_it_is_bad() {
+    let (stable, canary) = pair().await;
+    let good = shop(stable.address, canary.address, (1, 0), GRAY);
+    let proxy = Proxy::start(&good);
+    for (bad, expected) in [
+        (String::new(), "empty"),
+        (
+            good.replace("shop-canary, weight", "shop-canry, weight"),
+            "unknown backend `shop-canry`",
+        ),
+        (
+            good.replace("weight: 1 ", "weight: many "),
+            "expected a whole number",
+        ),
+        (good[..good.len() / 2].to_owned(), ""),
+        ("listeners: [".to_owned(), ""),
+        ("\u{0}\u{1}".to_owned(), ""),
+    ] {
+        let revision = proxy.revision();
+        let text = if bad.is_empty() { bad } else { with_head(&bad) };
+        fs::write(proxy.config_file(), &text).unwrap();
+        eventually("the bad file is refused", || {
+            let status = proxy.app().board().load();
+            status
+                .refused
+                .as_ref()
+                .is_some_and(|problems| problems.to_string().contains(expected))
+        })
+        .await;
+        assert_eq!(proxy.revision(), revision);
+        assert_eq!(
+            proxy.metric("serin_config_last_reload_successful", &[]),
+            0.0
+        );
+        assert_eq!(
+            get(proxy.address(), "/", &[("x-user-id", "a")])
+                .await
+                .text(),
+            "stable"
+        );
+        let status = get(proxy.admin(), "/api/v1/config/status", &[])
+            .await
+            .json();
+        assert_eq!(status["lastAttemptSuccessful"], false);
+        assert!(
+            status["problems"][0]["line"].as_u64() >= Some(1),
+            "{status}"
+        );
+
+        proxy.replace(&good).await;
+        eventually("the good file is in force", || !last_reload_failed(&proxy)).await;
+        assert_eq!(
+            proxy.metric("serin_config_last_reload_successful", &[]),
+            1.0
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_reload_leaves_unchanged_endpoints_their_warm_connections() {
+    let (stable, canary) = pair().await;
+    let config = |weights| shop(stable.address, canary.address, weights, "");
+    let proxy = Proxy::start(&config((1, 0)));
+    let mut client = Client::connect(proxy.address()).await;
+    client.get("/", &[]).await;
+    for weight in 2..6 {
+        proxy.replace(&config((weight, 0))).await;
+        client.get("/", &[]).await;
+    }
+    assert_eq!((stable.requests(), stable.connections()), (5, 1));
+}
+
+#[tokio::test]
+async fn connections_to_endpoints_that_are_gone_are_closed() {
+    let (stable, canary) = pair().await;
+    let proxy = Proxy::start(&single(stable.address, ""));
+    get(proxy.address(), "/", &[]).await;
+    proxy.replace(&single(canary.address, "")).await;
+    eventually("the old connection is closed", || {
+        proxy.metric("serin_upstream_connections", &[]) == 0.0
+    })
+    .await;
+    assert_eq!(get(proxy.address(), "/", &[]).await.text(), "canary");
+}
+
+#[tokio::test]
+async fn a_request_finishes_with_the_snapshot_it_began_with() {
+    let (stable, canary) = pair().await;
+    let proxy = Proxy::start(&single(stable.address, ""));
+    let address = proxy.address();
+    let waiting = tokio::spawn(async move { get(address, "/hold", &[]).await });
+    eventually("the request waits", || stable.held() == 1).await;
+    proxy.replace(&single(canary.address, "")).await;
+    assert_eq!(get(proxy.address(), "/", &[]).await.text(), "canary");
+    stable.release();
+    assert_eq!(waiting.await.unwrap().text(), "stable");
+}
+
+#[tokio::test]
+async fn listeners_open_and_close_with_the_file() {
+    let upstream = Upstream::start("one").await;
+    let rest = single(upstream.address, "");
+    let listeners = |names: &[&str]| {
+        let entries: Vec<String> = names
+            .iter()
+            .map(|name| format!("{{ name: {name}, address: '127.0.0.1:0' }}"))
+            .collect();
+        format!("listeners: [ {} ]\n{rest}", entries.join(", "))
+    };
+    let proxy = Proxy::start(&listeners(&["web"]));
+    let web = proxy.address();
+    let mut kept = Client::connect(web).await;
+    kept.get("/", &[]).await;
+
+    proxy.replace(&listeners(&["web", "extra"])).await;
+    let extra = proxy.app().listener("extra").unwrap();
+    assert_eq!(proxy.address(), web);
+    assert_eq!(get(extra, "/", &[]).await.text(), "one");
+
+    let waiting = tokio::spawn(async move { get(extra, "/hold", &[]).await });
+    eventually("a request waits on the listener that will go", || {
+        upstream.held() == 1
+    })
+    .await;
+    proxy.replace(&listeners(&["web"])).await;
+    while tokio::net::TcpStream::connect(extra).await.is_ok() {
+        tokio::task::yield_now().await;
+    }
+    upstream.release();
+    assert_eq!(waiting.await.unwrap().status, StatusCode::OK);
+    assert_eq!(kept.get("/", &[]).await.text(), "one");
+}
+
+#[tokio::test]
+async fn a_listener_takes_a_new_name_and_a_new_timeout_and_keeps_its_connections() {
+    let upstream = Upstream::start("one").await;
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let listener = |name: &str, idle: &str| {
+        let rest = single(upstream.address, "");
+        format!(
+            "listeners: [ {{ name: {name}, address: '{address}', timeouts: {{ idle: {idle} }} }} ]\n{rest}"
+        )
+    };
+    let proxy = Proxy::start(&listener("web", "60s"));
+    let mut kept = Client::connect(address).await;
+    kept.get("/", &[]).await;
+    proxy.replace(&listener("shop", "100ms")).await;
+    assert_eq!(proxy.app().listener("shop"), Some(address));
+    kept.get("/", &[]).await;
+    let connections =
+        |listener| proxy.metric("serin_connections_active", &[("listener", listener)]);
+    assert_eq!((connections("web"), connections("shop")), (1.0, 0.0));
+    let mut silent = crate::support::Raw::connect(address).await;
+    assert_eq!(
+        silent.read_to_end().await,
+        "",
+        "the new timeout closes a silent connection"
+    );
+    let mut new = Client::connect(address).await;
+    new.get("/", &[]).await;
+    assert_eq!((connections("web"), connections("shop")), (1.0, 1.0));
+}
+
+/// Opens a file as somebody does who writes it in place, slowly.
+fn open_for_writing(path: &Path) -> fs::File {
+    fs::OpenOptions::new()
+        .write(true)
+        .truncate(true)
+        .open(path)
+        .unwrap()
+}
+
+#[tokio::test]
+async fn a_file_that_is_still_being_written_is_not_read() {
+    let (stable, canary) = pair().await;
+    let proxy = Proxy::start(&single(stable.address, ""));
+    let whole = with_head(&single(canary.address, ""));
+    // Up to here it is a configuration already, but not the one that is meant.
+    let torn = whole.replace("name: all", "name: torn");
+    let before = proxy.revision();
+    let mut writer = open_for_writing(&proxy.config_file());
+    writer.write_all(torn.as_bytes()).unwrap();
+    writer.flush().unwrap();
+    // Time is the very thing under test: this is several times as long as a file has to rest.
+    tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+    assert_eq!(proxy.revision(), before);
+    writer.set_len(0).unwrap();
+    writer.seek(std::io::SeekFrom::Start(0)).unwrap();
+    writer.write_all(whole.as_bytes()).unwrap();
+    drop(writer);
+    eventually("the whole file is in force", || proxy.revision() > before).await;
+    let snapshot = proxy.app().live().load();
+    assert_eq!(
+        (&*snapshot.routes[0].name, proxy.revision()),
+        ("all", before + 1)
+    );
+}
+
+#[tokio::test]
+async fn a_swapped_directory_is_noticed_without_polling() {
+    let (stable, canary) = pair().await;
+    let outer = tempfile::tempdir().unwrap();
+    for (release, upstream) in [("r1", &stable), ("r2", &canary)] {
+        fs::create_dir(outer.path().join(release)).unwrap();
+        let text = with_head(&single(upstream.address, ""));
+        fs::write(outer.path().join(release).join("serin.yaml"), text).unwrap();
+    }
+    symlink("r1", outer.path().join("current")).unwrap();
+    let path = outer.path().join("current/serin.yaml");
+    let next = outer.path().join("next");
+    let current = outer.path().join("current");
+    let proxy = Proxy::start_at(&path, outer);
+    assert_eq!(get(proxy.address(), "/", &[]).await.text(), "stable");
+    symlink("r2", &next).unwrap();
+    fs::rename(&next, &current).unwrap();
+    eventually("the other release is in force", || proxy.revision() > 1).await;
+    assert_eq!(get(proxy.address(), "/", &[]).await.text(), "canary");
+}
+
+#[tokio::test]
+async fn an_address_in_use_refuses_the_whole_change() {
+    let (stable, canary) = pair().await;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken_address = taken.local_addr().unwrap();
+    let proxy = Proxy::start(&single(stable.address, ""));
+    let change = format!(
+        "listeners: [ {{ name: web, address: '127.0.0.1:0' }}, {{ name: more, address: '{taken_address}' }} ]\n{}",
+        single(canary.address, "")
+    );
+    proxy.write(&change);
+    eventually("the change is refused", || last_reload_failed(&proxy)).await;
+    let status = proxy.app().board().load_full();
+    let problem = &status.refused.as_ref().unwrap().problems[0];
+    assert!(problem.message.contains("cannot listen on"), "{problem}");
+    assert_eq!(
+        (problem.span.line, problem.path.as_str()),
+        (3, "listeners[1].address")
+    );
+    assert_eq!(get(proxy.address(), "/", &[]).await.text(), "stable");
+    drop(taken);
+    // Once the address is free the same file takes effect, without anybody touching it.
+    eventually("the change is in force", || !last_reload_failed(&proxy)).await;
+    assert_eq!(get(proxy.address(), "/", &[]).await.text(), "canary");
+}
+
+#[tokio::test]
+async fn what_cannot_change_at_run_time_is_said_to_need_a_restart() {
+    let upstream = Upstream::start("one").await;
+    let rest = single(upstream.address, "");
+    let proxy = Proxy::start(&rest);
+    proxy
+        .replace(&format!(
+            "workers: 3\nadmin: {{ address: '127.0.0.1:9' }}\ntelemetry: {{ durationBuckets: [1] }}\n{rest}"
+        ))
+        .await;
+    let status = get(proxy.admin(), "/api/v1/config/status", &[])
+        .await
+        .json();
+    let expected = serde_json::json!(["workers", "admin.address", "telemetry.durationBuckets"]);
+    assert_eq!(status["restartRequired"], expected);
+    assert_eq!(proxy.metric("serin_config_restart_required", &[]), 1.0);
+    proxy.replace(&rest).await;
+    assert_eq!(proxy.metric("serin_config_restart_required", &[]), 0.0);
+}
+
+#[tokio::test]
+async fn a_deleted_and_recreated_directory_is_followed_again() {
+    let (stable, canary) = pair().await;
+    let outer = tempfile::tempdir().unwrap();
+    let directory = outer.path().join("config");
+    fs::create_dir(&directory).unwrap();
+    let path = directory.join("serin.yaml");
+    fs::write(&path, with_head(&single(stable.address, ""))).unwrap();
+    let proxy = Proxy::start_at(&path, outer);
+    fs::remove_dir_all(&directory).unwrap();
+    eventually("the loss is noticed", || last_reload_failed(&proxy)).await;
+    assert_eq!(get(proxy.address(), "/", &[]).await.text(), "stable");
+    for upstream in [&canary, &stable] {
+        if !directory.exists() {
+            fs::create_dir(&directory).unwrap();
+        }
+        let before = proxy.revision();
+        fs::write(&path, with_head(&single(upstream.address, ""))).unwrap();
+        eventually("the new file is in force", || proxy.revision() > before).await;
+    }
+}
+
+mod lists {
+    use super::*;
+
+    const RULE: &str = "    gray:
+      identity: [ { header: x-user-id } ]
+      rules: [ { name: beta, userList: beta, backend: shop-canary } ]
+userLists: [ { name: beta, file: beta.txt } ]
+";
+
+    fn ids(range: std::ops::Range<u32>) -> String {
+        range.map(|id| format!("customer-{id:08}\n")).collect()
+    }
+
+    async fn version(proxy: &Proxy, user: &str) -> String {
+        get(proxy.address(), "/", &[("x-user-id", user)])
+            .await
+            .text()
+            .to_owned()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_million_ids_are_reloaded_under_load_without_a_failure() {
+        const IDS: u32 = 1_000_000;
+        let (stable, canary) = pair().await;
+        let config = shop(stable.address, canary.address, (1, 0), RULE);
+        let proxy = Proxy::start_with(&config, |directory| {
+            fs::write(directory.join("beta.txt"), ids(0..IDS)).unwrap()
+        });
+        let entries = || proxy.metric("serin_user_list_entries", &[("list", "beta")]);
+        assert_eq!(entries(), f64::from(IDS));
+        let load = Load::start(&proxy, 2);
+        let config_revision = proxy.app().board().load().taken_over_at;
+        for round in 1..=3 {
+            let list = proxy.directory().join("beta.txt");
+            if round == 2 {
+                rename_over(&list, &ids(round..IDS + 2 * round));
+            } else {
+                fs::write(&list, ids(round..IDS + 2 * round)).unwrap();
+            }
+            eventually("the new list is in force", || {
+                entries() == f64::from(IDS + round)
+            })
+            .await;
+            assert_eq!(
+                version(&proxy, &format!("customer-{:08}", round - 1)).await,
+                "stable"
+            );
+            assert_eq!(
+                version(&proxy, &format!("customer-{:08}", IDS + 2 * round - 1)).await,
+                "canary"
+            );
+            load.some_more().await;
+        }
+        load.finish().await;
+        assert_eq!(
+            proxy.app().board().load().taken_over_at,
+            config_revision,
+            "the config was reloaded as well"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_list_that_cannot_be_read_stays_as_it_was_and_a_metric_says_so() {
+        let (stable, canary) = pair().await;
+        let config = shop(stable.address, canary.address, (1, 0), RULE);
+        let proxy = Proxy::start_with(&config, |directory| {
+            fs::write(directory.join("beta.txt"), "ann\n").unwrap()
+        });
+        let list = proxy.directory().join("beta.txt");
+        let loaded =
+            || proxy.metric("serin_user_list_last_load_successful", &[("list", "beta")]) == 1.0;
+
+        fs::write(&list, b"ann\n\xff\xfeb\0o\0b\0\n").unwrap();
+        eventually("the wrong encoding is refused", || !loaded()).await;
+        assert_eq!(version(&proxy, "ann").await, "canary");
+        let status = get(proxy.admin(), "/api/v1/config/status", &[])
+            .await
+            .json();
+        assert!(
+            status["userLists"][0]["problem"]
+                .as_str()
+                .unwrap()
+                .contains("beta.txt:2:"),
+            "{status}"
+        );
+
+        fs::write(&list, "bob\n").unwrap();
+        eventually("the good list is in force", &loaded).await;
+        assert_eq!(
+            (version(&proxy, "ann").await, version(&proxy, "bob").await),
+            ("stable".into(), "canary".into())
+        );
+
+        fs::remove_file(&list).unwrap();
+        eventually("the loss is noticed", || !loaded()).await;
+        assert_eq!(version(&proxy, "bob").await, "canary");
+    }
+
+    #[tokio::test]
+    async fn a_list_that_is_still_being_written_or_empty_is_not_taken_over() {
+        let (stable, canary) = pair().await;
+        let config = shop(stable.address, canary.address, (1, 0), RULE);
+        let proxy = Proxy::start_with(&config, |directory| {
+            fs::write(directory.join("beta.txt"), "ann\nbob\n").unwrap();
+        });
+        let list = proxy.directory().join("beta.txt");
+        let mut writer = open_for_writing(&list);
+        writer.write_all(b"ann\n").unwrap();
+        writer.flush().unwrap();
+        // Time is the very thing under test: this is several times as long as a file has to rest.
+        tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+        assert_eq!(version(&proxy, "bob").await, "canary");
+        writer.write_all(b"bob\neve\n").unwrap();
+        drop(writer);
+        let entries = || proxy.metric("serin_user_list_entries", &[("list", "beta")]);
+        eventually("the whole list is in force", || entries() == 3.0).await;
+
+        drop(open_for_writing(&list));
+        let loaded = || proxy.metric("serin_user_list_last_load_successful", &[]) == 1.0;
+        eventually("the empty file is refused", || !loaded()).await;
+        assert_eq!(version(&proxy, "eve").await, "canary");
+        fs::write(&list, "# nobody any more\n").unwrap();
+        eventually("the list without ids is in force", || {
+            entries() == 0.0 && loaded()
+        })
+        .await;
+        assert_eq!(version(&proxy, "eve").await, "stable");
+    }
+
+    #[tokio::test]
+    async fn of_two_readings_the_newer_file_wins() {
+        let (stable, canary) = pair().await;
+        let config = shop(stable.address, canary.address, (1, 0), RULE);
+        let proxy = Proxy::start_with(&config, |directory| {
+            fs::write(directory.join("beta.txt"), "ann\n").unwrap();
+        });
+        let list = proxy.directory().join("beta.txt");
+        let big = ids(0..1_500_000);
+        for round in 0..2 {
+            rename_over(&list, &big);
+            // While the big list is being read a small one takes its place.
+            eventually("the big list is being read", || reading_threads() > 0).await;
+            rename_over(&list, &format!("ann\nsmall-{round}\n"));
+            let entries = || proxy.metric("serin_user_list_entries", &[("list", "beta")]);
+            let last = format!("small-{round}");
+            eventually("the small list is in force", || {
+                let status = proxy.app().board().load();
+                status
+                    .loaded
+                    .lists
+                    .values()
+                    .next()
+                    .unwrap()
+                    .list
+                    .contains(&last)
+            })
+            .await;
+            eventually("nothing is being read", || reading_threads() == 0).await;
+            proxy.app().reload().await.unwrap().unwrap();
+            assert_eq!(entries(), 2.0, "the older reading came last");
+        }
+    }
+
+    /// The threads of this process that read a list.
+    fn reading_threads() -> usize {
+        let threads = fs::read_dir("/proc/self/task").unwrap().flatten();
+        threads
+            .filter_map(|thread| fs::read_to_string(thread.path().join("comm")).ok())
+            .filter(|name| name.trim() == "serin-load")
+            .count()
+    }
+
+    #[tokio::test]
+    async fn a_reload_by_call_does_not_call_a_bad_list_good() {
+        let (stable, canary) = pair().await;
+        let config = shop(stable.address, canary.address, (1, 0), RULE);
+        let proxy = Proxy::start_with(&config, |directory| {
+            fs::write(directory.join("beta.txt"), "ann\n").unwrap();
+        });
+        let list = proxy.directory().join("beta.txt");
+        let loaded = || proxy.metric("serin_user_list_last_load_successful", &[]) == 1.0;
+        fs::write(&list, b"\xff\xfe").unwrap();
+        eventually("the bad list is refused", || !loaded()).await;
+        let problems = proxy.app().reload().await.unwrap().unwrap_err();
+        assert!(problems.to_string().contains("beta.txt:1:1"), "{problems}");
+        assert!(!loaded());
+        // A change of the configuration alone leaves it as stale as it was.
+        proxy
+            .replace(&config.replace("weight: 1 ", "weight: 2 "))
+            .await;
+        assert!(!loaded());
+        fs::write(&list, "bob\n").unwrap();
+        eventually("the good list is in force", &loaded).await;
+    }
+
+    #[tokio::test]
+    async fn a_list_that_was_only_touched_changes_nothing() {
+        let (stable, canary) = pair().await;
+        let config = shop(stable.address, canary.address, (1, 0), RULE);
+        let proxy = Proxy::start_with(&config, |directory| {
+            fs::write(directory.join("beta.txt"), "ann\n").unwrap();
+        });
+        let list = proxy.directory().join("beta.txt");
+        fs::write(&list, "ann\n").unwrap();
+        fs::write(proxy.config_file(), with_head(&config)).unwrap();
+        // Whatever the touches would have done was done before this.
+        proxy.app().reload().await.unwrap().unwrap();
+        assert_eq!(proxy.revision(), 2);
+        fs::write(&list, "bob\n").unwrap();
+        eventually("a real change is in force", || proxy.revision() == 3).await;
+    }
+
+    #[tokio::test]
+    async fn a_pipe_in_place_of_a_list_holds_nothing_up() {
+        let (stable, canary) = pair().await;
+        let config = shop(stable.address, canary.address, (1, 0), RULE);
+        let proxy = Proxy::start_with(&config, |directory| {
+            fs::write(directory.join("beta.txt"), "ann\n").unwrap();
+        });
+        let list = proxy.directory().join("beta.txt");
+        fs::remove_file(&list).unwrap();
+        let made = std::process::Command::new("mkfifo")
+            .arg(&list)
+            .status()
+            .unwrap();
+        assert!(made.success());
+        let loaded = || proxy.metric("serin_user_list_last_load_successful", &[]) == 1.0;
+        eventually("the pipe is refused", || !loaded()).await;
+        assert_eq!(version(&proxy, "ann").await, "canary");
+        assert_eq!(proxy.shut_down().await, serin::app::Drained::Clean);
+    }
+
+    #[tokio::test]
+    async fn a_new_list_is_read_before_the_config_that_names_it_takes_effect() {
+        let (stable, canary) = pair().await;
+        let without = shop(stable.address, canary.address, (1, 0), "");
+        let with = shop(stable.address, canary.address, (1, 0), RULE);
+        let proxy = Proxy::start(&without);
+        proxy.write(&with);
+        eventually("the missing list is a problem", || {
+            last_reload_failed(&proxy)
+        })
+        .await;
+        assert_eq!(version(&proxy, "ann").await, "stable");
+        // The configuration is not touched again: that the list is there now is enough.
+        fs::write(proxy.directory().join("beta.txt"), "ann\n").unwrap();
+        eventually("config and list are in force", || {
+            !last_reload_failed(&proxy)
+        })
+        .await;
+        assert_eq!(version(&proxy, "ann").await, "canary");
+    }
+}

@@ -1,0 +1,191 @@
+//! Upstreams: one that speaks HTTP and says what it was asked, and one that is scripted byte by
+//! byte.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+
+type Body = BoxBody<Bytes, hyper::Error>;
+
+/// An upstream with a name of its own:
+///
+/// * `/echo` answers with the request's body while it comes in;
+/// * `/head` answers with the request's head as text;
+/// * `/sink` reads the request's body to its end, and answers with its length;
+/// * `/hold` answers when the test says so;
+/// * `/bytes/N` answers with N bytes;
+/// * `/delay/MS` answers after so many milliseconds;
+/// * `/status/N` answers with that status;
+/// * everything else answers with the name.
+#[derive(Clone)]
+pub(crate) struct Upstream {
+    pub(crate) address: SocketAddr,
+    state: Arc<State>,
+}
+
+struct State {
+    name: String,
+    connections: AtomicUsize,
+    requests: AtomicUsize,
+    held: AtomicUsize,
+    release: Notify,
+}
+
+impl Upstream {
+    pub(crate) async fn start(name: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = Arc::new(State {
+            name: name.to_owned(),
+            connections: AtomicUsize::new(0),
+            requests: AtomicUsize::new(0),
+            held: AtomicUsize::new(0),
+            release: Notify::new(),
+        });
+        tokio::spawn(accept(listener, Arc::clone(&state)));
+        Self { address, state }
+    }
+
+    /// Connections accepted so far.
+    pub(crate) fn connections(&self) -> usize {
+        self.state.connections.load(Ordering::SeqCst)
+    }
+
+    /// Requests seen so far.
+    pub(crate) fn requests(&self) -> usize {
+        self.state.requests.load(Ordering::SeqCst)
+    }
+
+    /// Requests to `/hold` that wait now.
+    pub(crate) fn held(&self) -> usize {
+        self.state.held.load(Ordering::SeqCst)
+    }
+
+    /// Answers the requests to `/hold` that wait now.
+    pub(crate) fn release(&self) {
+        self.state.release.notify_waiters();
+    }
+}
+
+async fn accept(listener: TcpListener, state: Arc<State>) {
+    while let Ok((stream, _)) = listener.accept().await {
+        state.connections.fetch_add(1, Ordering::SeqCst);
+        let state = Arc::clone(&state);
+        tokio::spawn(async move {
+            stream.set_nodelay(true).unwrap();
+            let service = service_fn(|request| answer(Arc::clone(&state), request));
+            // The proxy may close the connection at any time.
+            let _ = http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        });
+    }
+}
+
+async fn answer(
+    state: Arc<State>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
+    state.requests.fetch_add(1, Ordering::SeqCst);
+    let path = request.uri().path().to_owned();
+    let number = |prefix: &str| {
+        path.strip_prefix(prefix)
+            .map(|rest| rest.parse::<u64>().unwrap())
+    };
+    let mut response = match path.as_str() {
+        "/echo" => Response::new(request.into_body().boxed()),
+        "/head" => Response::new(text(head_of(&request))),
+        "/sink" => {
+            let length = request
+                .into_body()
+                .collect()
+                .await
+                .map_or(0, |body| body.to_bytes().len());
+            Response::new(text(length.to_string()))
+        }
+        "/hold" => {
+            state.held.fetch_add(1, Ordering::SeqCst);
+            let release = state.release.notified();
+            release.await;
+            state.held.fetch_sub(1, Ordering::SeqCst);
+            Response::new(text(state.name.clone()))
+        }
+        _ => Response::new(text(state.name.clone())),
+    };
+    if let Some(count) = number("/bytes/") {
+        *response.body_mut() = text("x".repeat(count as usize));
+    }
+    if let Some(milliseconds) = number("/delay/") {
+        tokio::time::sleep(Duration::from_millis(milliseconds)).await;
+    }
+    if let Some(status) = number("/status/") {
+        *response.status_mut() = u16::try_from(status).unwrap().try_into().unwrap();
+    }
+    Ok(response)
+}
+
+fn head_of(request: &Request<Incoming>) -> String {
+    let mut lines = vec![format!(
+        "{} {} {:?}",
+        request.method(),
+        request.uri(),
+        request.version()
+    )];
+    lines.extend(
+        request
+            .headers()
+            .iter()
+            .map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())),
+    );
+    lines.join("\n")
+}
+
+fn text(text: String) -> Body {
+    Full::new(Bytes::from(text))
+        .map_err(|never| match never {})
+        .boxed()
+}
+
+/// An upstream that reads one request head per connection, answers with exactly these bytes, and
+/// closes.
+pub(crate) async fn scripted(answer: &'static [u8]) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                read_head(&mut stream).await;
+                // The proxy may have gone.
+                let _ = stream.write_all(answer).await;
+            });
+        }
+    });
+    address
+}
+
+/// Reads a request head from a connection and returns it.
+pub(crate) async fn read_head(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    let mut byte = [0];
+    while !head.ends_with(b"\r\n\r\n") {
+        if stream.read(&mut byte).await.unwrap_or(0) == 0 {
+            break;
+        }
+        head.push(byte[0]);
+    }
+    String::from_utf8_lossy(&head).into_owned()
+}
