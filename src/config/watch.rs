@@ -56,6 +56,9 @@ pub struct Reloader {
     refused: Option<String>,
     /// The lists that are in force.
     lists: Lists,
+    /// Lists that the file names anew, as they were when it was last read. It is taken over only
+    /// when they rest: what was torn would be in force until it is read again.
+    awaited: Lists,
     list_files: HashMap<ListSource, FollowedList>,
     loading: JoinSet<Reading>,
     watches: Watches,
@@ -117,6 +120,7 @@ impl Reloader {
             files: HashMap::new(),
             refused: None,
             lists: Lists::new(),
+            awaited: Lists::new(),
             list_files: HashMap::new(),
             loading: JoinSet::new(),
             watches: Watches::new(),
@@ -175,8 +179,13 @@ impl Reloader {
         }
         if restless {
             self.restless = true;
-        } else if changed || self.refused.is_some() {
-            self.reload(self.lists.clone(), None).await;
+        } else if changed || self.refused.is_some() || !self.awaited.is_empty() {
+            let mut known = self.lists.clone();
+            known.extend(self.awaited.clone());
+            known.retain(|source, list| {
+                self.lists.contains_key(source) || stamp(&source.path) == Some(list.stamp)
+            });
+            self.reload(known, None).await;
         }
         self.look_at_lists();
     }
@@ -240,8 +249,13 @@ impl Reloader {
                 self.remember(loaded);
                 return;
             }
+            Ok(loaded) if !asked && !self.new_lists_rest(loaded) => {
+                self.restless = true;
+                return;
+            }
             Ok(loaded) => self.remember(loaded),
             Err(problems) => {
+                self.awaited.clear();
                 let refused = Some(problems.to_string());
                 if !asked && self.refused == refused {
                     return;
@@ -286,8 +300,22 @@ impl Reloader {
         loaded.hash == self.hash && same_lists && same_keys
     }
 
+    /// True when each list that is not in force yet was the same at two looks, and nobody is known
+    /// to write to it.
+    fn new_lists_rest(&mut self, loaded: &Loaded) -> bool {
+        let is_new = |source: &ListSource| !self.lists.contains_key(source);
+        let new = loaded.lists.iter().filter(|(source, _)| is_new(source));
+        let new: Lists = new.map(|(at, list)| (at.clone(), list.clone())).collect();
+        let before = std::mem::replace(&mut self.awaited, new);
+        self.awaited.iter().all(|(source, list)| {
+            before.get(source).map(|before| before.stamp) == Some(list.stamp)
+                && !self.watches.is_being_written(&source.path)
+        })
+    }
+
     fn remember(&mut self, loaded: &Loaded) {
         self.hash = loaded.hash;
+        self.awaited.clear();
         self.refused = None;
         let file = |(path, state): &(PathBuf, Option<Stamp>)| (path.clone(), Followed::at(*state));
         self.files = loaded.files.iter().map(file).collect();

@@ -761,4 +761,23 @@ userLists: [ { name: beta, file: beta.txt } ]
         .await;
         assert_eq!(version(&proxy, "ann").await, "canary");
     }
+
+    #[tokio::test]
+    async fn a_new_list_that_is_still_being_written_is_awaited() {
+        let (stable, canary) = pair().await;
+        let without = shop(stable.address, canary.address, (1, 0), "");
+        let with = shop(stable.address, canary.address, (1, 0), RULE);
+        let proxy = Proxy::start(&without);
+        let mut writer = fs::File::create(proxy.directory().join("beta.txt")).unwrap();
+        writer.write_all(b"ann\n").unwrap();
+        proxy.write(&with);
+        // Time is the very thing under test: this is several times as long as a file has to rest.
+        tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+        assert_eq!(proxy.revision(), 1);
+        writer.write_all(b"bob\n").unwrap();
+        drop(writer);
+        eventually("the config is in force", || proxy.revision() > 1).await;
+        assert_eq!(version(&proxy, "bob").await, "canary");
+        assert_eq!(proxy.revision(), 2, "the list was there from the beginning");
+    }
 }
