@@ -191,12 +191,13 @@ async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
         }
     };
     let ended = tokio::select! {
+        // The drain first: a response that comes at the same moment must say that it is the last.
         biased;
-        ended = connection.as_mut() => ended,
         () = drain => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
+        ended = connection.as_mut() => ended,
     };
     if let Err(error) = ended {
         debug!(%error, peer = %peer.address, "connection ended");
