@@ -12,7 +12,7 @@ use std::path::Path;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use serin::app::{App, Follow};
-use serin::config::load::{Lists, load_text};
+use serin::config::load::{load_list, load_text};
 
 const SIZES: [usize; 2] = [128, 65_536];
 
@@ -63,7 +63,7 @@ routes:
     exposeVersion: true
 "
     );
-    let loaded = load_text(Path::new("bench.yaml"), &config, &Lists::new())
+    let loaded = load_text(Path::new("bench.yaml"), &config, &mut load_list)
         .expect("the configuration is sound");
     App::start(loaded, Follow::Nothing).expect("free ports")
 }

@@ -13,7 +13,7 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use http::{HeaderMap, HeaderValue, Method};
 use serin::backend::Endpoints;
 use serin::config::Config;
-use serin::config::load::{Lists, load_text};
+use serin::config::load::{load_list, load_text};
 use serin::routing::RequestHead;
 use serin::routing::split::Split;
 use serin::routing::user_list::{Format, UserList};
@@ -43,7 +43,7 @@ routes:
             route % 10,
         ));
     }
-    load_text(Path::new("bench.yaml"), &text, &Lists::new())
+    load_text(Path::new("bench.yaml"), &text, &mut load_list)
         .expect("the configuration is sound")
         .config
 }

@@ -1,7 +1,8 @@
 //! The composition root: from a checked configuration to running threads, and back.
 //!
 //! ```text
-//! serin-control   control (single writer), reloader, admin, metrics upkeep
+//! serin-control   control (single writer), admin, metrics upkeep
+//! serin-reload    follows the files
 //! serin-accept    all listeners
 //! serin-work-N    the requests of its connections
 //! ```
@@ -16,11 +17,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::admin::Admin;
-use crate::config::Problems;
+use crate::config::document::Path;
 use crate::config::load::Loaded;
 use crate::config::watch::{ReloadRequest, Reloader};
-use crate::config::{Workers, document::Span, problem::Problem, problem::Severity};
-use crate::control::{Change, Control, StatusBoard, Watching};
+use crate::config::{Problems, Workers};
+use crate::control::{Change, Control, StatusBoard, Watching, problem_at};
 use crate::server::acceptor::Acceptor;
 use crate::server::worker::WorkerHandle;
 use crate::server::{self, Phase};
@@ -37,7 +38,10 @@ const DRAIN_TICK: Duration = Duration::from_millis(10);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Follow {
     /// Changes are taken over.
-    Files,
+    Files {
+        /// How often they are looked at, whatever the kernel tells of them.
+        poll: Duration,
+    },
     /// There are no files: the configuration is built in.
     Nothing,
 }
@@ -87,14 +91,21 @@ impl App {
             .local_addr()
             .map_err(|error| failed("the admin listener", error))?;
         let watching = match follow {
-            Follow::Files => Watching::Events,
+            Follow::Files { .. } => Watching::Events,
             Follow::Nothing => Watching::Nothing,
         };
         let (changes, change_receiver) = mpsc::channel(16);
         let (reload, reload_requests) = mpsc::channel(16);
         let count = worker_count(loaded.config.workers);
-        let reloader = (follow == Follow::Files)
-            .then(|| Reloader::new(&loaded, changes.clone(), reload_requests));
+        let reloader = match follow {
+            Follow::Files { poll } => Some(Reloader::new(
+                &loaded,
+                poll,
+                changes.clone(),
+                reload_requests,
+            )),
+            Follow::Nothing => None,
+        };
 
         let (control, sockets) = Control::new(loaded, watching, Arc::clone(&metrics))?;
         let (live, board) = (control.live(), control.board());
@@ -120,12 +131,15 @@ impl App {
             control,
             changes: (changes, change_receiver),
             acceptor,
-            reloader,
             admin: (admin_job, admin_socket),
             metrics: Arc::clone(&metrics),
             phase: phase.subscribe(),
             stopped,
         };
+        if let Some(reloader) = reloader {
+            let started = reloader.start();
+            started.map_err(|error| failed("the reloader", error))?;
+        }
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build();
@@ -134,7 +148,7 @@ impl App {
             .name("serin-control".into())
             .spawn(move || {
                 runtime.block_on(tokio::task::LocalSet::new().run_until(jobs.run()));
-                // A file that cannot be read (a hung network mount) must not hold up the end.
+                // A snapshot may still be being freed there; the end needs no care.
                 runtime.shutdown_background();
             })
             .map_err(|error| failed("the control thread", error))?;
@@ -251,7 +265,6 @@ struct ControlJobs {
     /// With a sender, since control ends when nobody can send any change.
     changes: (mpsc::Sender<Change>, mpsc::Receiver<Change>),
     acceptor: Acceptor,
-    reloader: Option<Reloader>,
     admin: (Admin, TcpListener),
     metrics: Arc<Metrics>,
     phase: watch::Receiver<Phase>,
@@ -270,9 +283,6 @@ impl ControlJobs {
             }
         });
         tokio::task::spawn_local(admin.run(socket));
-        if let Some(reloader) = self.reloader {
-            tokio::task::spawn_local(reloader.run());
-        }
         let (_sender, changes) = self.changes;
         tokio::select! {
             () = self.control.run(changes, self.acceptor) => {}
@@ -303,19 +313,9 @@ fn worker_count(workers: Workers) -> usize {
 fn bind_admin(loaded: &Loaded) -> Result<TcpListener, Problems> {
     let address = loaded.config.admin;
     server::listen(address).map_err(|error| {
+        let at = Path::default().key("admin").key("address");
         let message = format!("cannot listen on `{address}` for the admin API: {error}");
-        let span = Span {
-            line: 1,
-            column: 1,
-            bytes: 0..0,
-        };
-        let problem = Problem {
-            severity: Severity::Error,
-            span,
-            path: "admin.address".into(),
-            message,
-            hint: None,
-        };
-        Problems::new(&loaded.path, &loaded.warnings.source, vec![problem])
+        let source = &loaded.warnings.source;
+        Problems::new(&loaded.path, source, vec![problem_at(source, &at, message)])
     })
 }

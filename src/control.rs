@@ -13,9 +13,9 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{error, info, warn};
 
 use crate::backend::Endpoints;
-use crate::config::document::{Node, Path};
+use crate::config::document::{Node, Path, Span};
 use crate::config::load::{Loaded, LoadedList};
-use crate::config::{Config, ListSource, Problem, Problems, Workers, problem::Severity};
+use crate::config::{Config, ListSource, Problem, Problems, Workers};
 use crate::routing::UserList;
 use crate::server::acceptor::Acceptor;
 use crate::server::{self, OpenListener, Socketed};
@@ -416,7 +416,10 @@ fn bind_new(
                         let name = &open.name;
                         format!("listener `{name}` holds this port: take another one, or restart")
                     });
-                problems.push(problem_at(&loaded.warnings.source, &at, message, hint));
+                problems.push(Problem {
+                    hint,
+                    ..problem_at(&loaded.warnings.source, &at, message)
+                });
             }
         }
     }
@@ -430,17 +433,10 @@ fn bind_new(
     ))
 }
 
-fn problem_at(source: &str, at: &Path, message: String, hint: Option<String>) -> Problem {
-    let span = Node::parse(source)
-        .map(|document| document.locate(at))
-        .unwrap_or_default();
-    Problem {
-        severity: Severity::Error,
-        span,
-        path: at.to_string(),
-        message,
-        hint,
-    }
+/// An error at a place of a configuration that could be parsed before.
+pub(crate) fn problem_at(source: &str, at: &Path, message: String) -> Problem {
+    let span = Node::parse(source).map_or_else(|_| Span::start(), |document| document.locate(at));
+    Problem::error(at, span, message)
 }
 
 fn snapshot(

@@ -20,7 +20,8 @@ use tokio::time::Instant;
 use crate::app::{App, Follow};
 use crate::cli::Demo;
 use crate::config::Problems;
-use crate::config::load::{Lists, Loaded, load, load_text};
+use crate::config::load::{Loaded, load, load_list, load_text};
+use crate::config::watch::POLL_INTERVAL;
 use crate::server;
 
 use table::Table;
@@ -101,7 +102,7 @@ fn configuration(options: &Demo) -> Result<(Loaded, Follow), Problems> {
     let Some(path) = &options.config else {
         let text = built_in(options, free_addresses());
         return Ok((
-            load_text(&PathBuf::from("demo.yaml"), &text, &Lists::new())?,
+            load_text(&PathBuf::from("demo.yaml"), &text, &mut load_list)?,
             Follow::Nothing,
         ));
     };
@@ -110,7 +111,12 @@ fn configuration(options: &Demo) -> Result<(Loaded, Follow), Problems> {
             Problems::whole_file(path, format!("the file cannot be written: {error}"))
         })?;
     }
-    Ok((load(path, &Lists::new())?, Follow::Files))
+    Ok((
+        load(path, &mut load_list)?,
+        Follow::Files {
+            poll: POLL_INTERVAL,
+        },
+    ))
 }
 
 fn built_in(options: &Demo, [stable, canary]: [SocketAddr; 2]) -> String {

@@ -9,7 +9,8 @@ use serin::app::{App, Drained, Follow};
 use serin::cli::{self, Cli, Command, Explain, LogFormat};
 use serin::config::Problems;
 use serin::config::file::json_schema;
-use serin::config::load::{Lists, Loaded, load};
+use serin::config::load::{Loaded, load, load_list};
+use serin::config::watch::POLL_INTERVAL;
 use serin::control::offline_snapshot;
 use serin::demo::{self, Screen};
 use serin::explain::{Question, explain};
@@ -54,7 +55,12 @@ fn run_proxy(run: &cli::Run) -> ExitCode {
     for warning in &loaded.warnings.problems {
         warn!("{}:{warning}", loaded.path.display());
     }
-    match App::start(loaded, Follow::Files) {
+    match App::start(
+        loaded,
+        Follow::Files {
+            poll: POLL_INTERVAL,
+        },
+    ) {
         Ok(app) => signals.run_until_told(app),
         Err(problems) => fail_with(&problems),
     }
@@ -130,7 +136,7 @@ fn load_or_fail(file: &Path) -> Result<Loaded, ExitCode> {
         Err(error) => Err(error),
     };
     match readable {
-        Ok(()) => load(file, &Lists::new()).map_err(|problems| fail_with(&problems)),
+        Ok(()) => load(file, &mut load_list).map_err(|problems| fail_with(&problems)),
         Err(error) => Err(fail(USAGE, &format!("error: {}: {error}", file.display()))),
     }
 }

@@ -309,13 +309,7 @@ impl Checker<'_> {
         parse(text)
             .map_err(|reason| {
                 let message = format!("`{text}` {reason}");
-                self.problems.push(Problem {
-                    severity: Severity::Error,
-                    span,
-                    path: at.to_string(),
-                    message,
-                    hint: None,
-                });
+                self.problems.push(Problem::error(at, span, message));
             })
             .ok()
     }

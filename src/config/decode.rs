@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::document::{Node, Path, StandIn, Step};
 use super::file::ConfigFile;
-use super::problem::{Problem, Severity, did_you_mean};
+use super::problem::{Problem, did_you_mean};
 use super::value::MAX_WEIGHT;
 
 /// More mistakes than this are not looked for.
@@ -52,11 +52,8 @@ fn repeated_key((path, span): (Path, super::document::Span)) -> Problem {
     let message = format!("key `{key}` stands here twice");
     let hint = Some("YAML has no rule for which of them counts: keep one".to_owned());
     Problem {
-        severity: Severity::Error,
-        span,
-        path: path.to_string(),
-        message,
         hint,
+        ..Problem::error(&path, span, message)
     }
 }
 
@@ -189,11 +186,8 @@ impl Mistake {
             MistakeKind::Other(message) => (document.locate(&self.path), message.clone(), None),
         };
         Some(Problem {
-            severity: Severity::Error,
-            span,
-            path: self.path.to_string(),
-            message,
             hint,
+            ..Problem::error(&self.path, span, message)
         })
     }
 

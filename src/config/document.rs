@@ -17,7 +17,7 @@ use serde_saphyr::Spanned;
 const ALWAYS_READ: usize = 100_000;
 
 /// A place in a source text: 1-based line and column for people, byte range for the caret.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Span {
     /// Line, counted from 1.
     pub line: usize,
@@ -25,6 +25,17 @@ pub struct Span {
     pub column: usize,
     /// Bytes of the text.
     pub bytes: Range<usize>,
+}
+
+impl Span {
+    /// The beginning of a text.
+    pub fn start() -> Self {
+        Self {
+            line: 1,
+            column: 1,
+            bytes: 0..0,
+        }
+    }
 }
 
 /// One step from a node to a child of it.
@@ -235,7 +246,7 @@ impl Node {
             .flat_map(|node| node.lost.iter().flatten().map(String::as_str))
     }
 
-    /// The elements of the sequence at `path` whose names nobody can know.
+    /// True when the sequence at `path` has, or may have, elements whose names nobody can know.
     pub fn has_nameless(&self, path: &Path) -> bool {
         let name = Step::Key("name".to_owned());
         self.is_unknown(path)

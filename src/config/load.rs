@@ -15,8 +15,11 @@ use crate::routing::UserList;
 use super::check::{Checked, Surroundings, check};
 use super::decode::decode;
 use super::document::{Node, Path, Span};
-use super::problem::{Problem, Problems, Severity};
+use super::problem::{Problem, Problems};
 use super::{Config, ConfigFile, ListSource, UserList as UserListConfig};
+
+/// The largest file that is read but lists, in bytes; 100,000 routes take about 20 MiB.
+const LARGEST_FILE: u64 = 256 << 20;
 
 /// A configuration as it was read, with everything it refers to.
 #[derive(Clone, Debug)]
@@ -36,6 +39,9 @@ pub struct Loaded {
     /// The files that were read for it but lists, each with its state before it was read.
     pub files: Vec<(PathBuf, Option<Stamp>)>,
 }
+
+/// How the lists of a configuration are come by: [`load_list`], or somebody who knows better.
+pub type ReadList<'r> = &'r mut dyn FnMut(&ListSource) -> Result<LoadedList, ListFailure>;
 
 /// User lists by where they come from.
 pub type Lists = HashMap<ListSource, LoadedList>;
@@ -60,6 +66,8 @@ pub enum ListFailure {
     Unreadable(String),
     /// The file says something that is no list.
     Unusable(String),
+    /// Somebody is writing to the file.
+    Unsettled,
 }
 
 /// What tells one state of a file from another without reading it.
@@ -72,24 +80,36 @@ pub struct Stamp {
     changed: (i64, i64),
 }
 
-/// Loads the configuration at `path` and every file it names. Lists that are among `known` are not
-/// read again.
+/// Loads the configuration at `path` and every file it names.
 ///
 /// # Errors
 ///
 /// Every problem there is, warnings among them, when one of them is an error.
-pub fn load(path: &FilePath, known: &Lists) -> Result<Loaded, Problems> {
+pub fn load(path: &FilePath, read_list: ReadList<'_>) -> Result<Loaded, Problems> {
     let directory = generation_directory(path);
+    let loaded = load_generation(&directory, path, read_list);
+    if loaded.is_err() && generation_directory(path) != directory {
+        // The volume was swapped meanwhile, and what was read may have been half gone.
+        return load_generation(&generation_directory(path), path, read_list);
+    }
+    loaded
+}
+
+fn load_generation(
+    directory: &FilePath,
+    path: &FilePath,
+    read_list: ReadList<'_>,
+) -> Result<Loaded, Problems> {
     // In a Kubernetes volume the file is read from the same generation as what it names.
     let in_generation = path
         .file_name()
         .map(|name| directory.join(name))
         .filter(|file| file.exists());
-    let (text, state) = read_settled(in_generation.as_deref().unwrap_or(path))
+    let (text, state) = read_settled(in_generation.as_deref().unwrap_or(path), LARGEST_FILE)
         .map_err(|error| Problems::whole_file(path, format!("the file {}", cannot_read(&error))))?;
     let text = String::from_utf8(text)
         .map_err(|_| Problems::whole_file(path, "the file is not UTF-8 text"))?;
-    let mut loaded = load_in(&directory, path, &text, known)?;
+    let mut loaded = load_in(directory, path, &text, read_list)?;
     loaded.files.push((path.to_owned(), Some(state)));
     Ok(loaded)
 }
@@ -100,15 +120,15 @@ pub fn load(path: &FilePath, known: &Lists) -> Result<Loaded, Problems> {
 /// # Errors
 ///
 /// As [`load`].
-pub fn load_text(path: &FilePath, text: &str, known: &Lists) -> Result<Loaded, Problems> {
-    load_in(&generation_directory(path), path, text, known)
+pub fn load_text(path: &FilePath, text: &str, read_list: ReadList<'_>) -> Result<Loaded, Problems> {
+    load_in(&generation_directory(path), path, text, read_list)
 }
 
 fn load_in(
     directory: &FilePath,
     path: &FilePath,
     text: &str,
-    known: &Lists,
+    read_list: ReadList<'_>,
 ) -> Result<Loaded, Problems> {
     let mut document = Node::parse(text)
         .map_err(|error| Problems::new(path, text, vec![syntax_problem(text, &error)]))?;
@@ -124,7 +144,7 @@ fn load_in(
         directory,
         read: &|name| {
             files.borrow_mut().push((name.to_owned(), stamp(name)));
-            read_settled(name)
+            read_settled(name, LARGEST_FILE)
                 .map(|(content, _)| content)
                 .map_err(|error| cannot_read(&error))
         },
@@ -138,10 +158,10 @@ fn load_in(
         user_lists,
         mut problems,
     } = check(&file, &document, &around, problems);
-    let lists = load_lists(&user_lists, known, &document, &mut problems);
+    let lists = load_lists(&user_lists, read_list, &document, &mut problems);
     let warnings = Problems::new(path, text, problems);
     match config {
-        Some(config) if !warnings.has_errors() => Ok(Loaded {
+        Some(config) if warnings.errors() == 0 => Ok(Loaded {
             path: path.to_owned(),
             file: Arc::new(file),
             config,
@@ -161,7 +181,7 @@ fn load_in(
 /// Why it cannot be used.
 pub fn load_list(source: &ListSource) -> Result<LoadedList, ListFailure> {
     let shown = source.path.display();
-    let (content, stamp) = read_settled(&source.path)
+    let (content, stamp) = read_settled(&source.path, UserList::LARGEST_FILE)
         .map_err(|error| ListFailure::Unreadable(format!("cannot be read: `{shown}`: {error}")))?;
     let hash = xxh3_64(&content);
     let list = UserList::parse(content, &source.format).map_err(|error| {
@@ -201,6 +221,7 @@ impl ListFailure {
     pub fn into_reason(self) -> String {
         match self {
             Self::Unreadable(reason) | Self::Unusable(reason) => reason,
+            Self::Unsettled => "is being written to right now".to_owned(),
         }
     }
 }
@@ -231,7 +252,7 @@ impl From<&fs::Metadata> for Stamp {
 
 fn load_lists(
     user_lists: &[(Path, UserListConfig)],
-    known: &Lists,
+    read_list: ReadList<'_>,
     document: &Node,
     problems: &mut Vec<Problem>,
 ) -> Lists {
@@ -240,38 +261,37 @@ fn load_lists(
         if lists.contains_key(&list.source) {
             continue;
         }
-        let loaded = match known.get(&list.source) {
-            Some(known) => Ok(known.clone()),
-            None => load_list(&list.source),
-        };
-        match loaded {
+        match read_list(&list.source) {
             Ok(loaded) => drop(lists.insert(list.source.clone(), loaded)),
             Err(failure) => {
                 let reason = failure.into_reason();
                 let at = at.key("file");
-                problems.push(Problem {
-                    severity: Severity::Error,
-                    span: document.locate(&at),
-                    path: at.to_string(),
-                    message: format!("user list `{}` {reason}", list.name),
-                    hint: None,
-                });
+                let message = format!("user list `{}` {reason}", list.name);
+                problems.push(Problem::error(&at, document.locate(&at), message));
             }
         }
     }
     lists
 }
 
-/// Reads a regular file that nobody changes meanwhile.
-fn read_settled(path: &FilePath) -> io::Result<(Vec<u8>, Stamp)> {
+/// Reads a regular file of at most `largest` bytes that nobody changes meanwhile.
+fn read_settled(path: &FilePath, largest: u64) -> io::Result<(Vec<u8>, Stamp)> {
     // Asked before opening, since opening a pipe waits for somebody to write.
     if !fs::metadata(path)?.is_file() {
         return Err(io::Error::other("it is not a regular file"));
     }
-    let mut file = File::open(path)?;
+    let file = File::open(path)?;
     let before = file.metadata()?;
-    let mut content = Vec::with_capacity(usize::try_from(before.len()).unwrap_or_default());
-    file.read_to_end(&mut content)?;
+    if before.len() > largest {
+        let reason = format!("it has {} bytes, more than {largest}", before.len());
+        return Err(io::Error::other(reason));
+    }
+    let mut content = Vec::new();
+    // A list of some gigabytes may be too much for this machine, which is no reason to abort.
+    content
+        .try_reserve_exact(usize::try_from(before.len()).unwrap_or(usize::MAX))
+        .map_err(io::Error::other)?;
+    (&file).take(before.len() + 1).read_to_end(&mut content)?;
     let stamp = Stamp::from(&before);
     if stamp != Stamp::from(&file.metadata()?) {
         return Err(io::Error::other("it was written to while it was read"));
@@ -280,11 +300,7 @@ fn read_settled(path: &FilePath) -> io::Result<(Vec<u8>, Stamp)> {
 }
 
 fn syntax_problem(text: &str, error: &serde_saphyr::Error) -> Problem {
-    let mut span = Span {
-        line: 1,
-        column: 1,
-        bytes: 0..0,
-    };
+    let mut span = Span::start();
     if let Some(location) = error.location() {
         span = Span::from(&location);
         if location.span().byte_offset().is_none() {
@@ -312,13 +328,7 @@ fn syntax_problem(text: &str, error: &serde_saphyr::Error) -> Problem {
             .trim_end_matches([':', ','])
             .to_owned(),
     };
-    Problem {
-        severity: Severity::Error,
-        span,
-        path: String::new(),
-        message,
-        hint: None,
-    }
+    Problem::error(&Path::default(), span, message)
 }
 
 fn cannot_read(error: &io::Error) -> String {

@@ -1,12 +1,12 @@
 //! What is wrong with a configuration, said so that an operator can mend it.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::{Path as FilePath, PathBuf};
 
 use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
 use serde::Serialize;
 
-use super::document::Span;
+use super::document::{Path, Span};
 
 /// How much a problem matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -47,6 +47,19 @@ pub struct Problems {
 
 // === impl Problem ===
 
+impl Problem {
+    /// An error at a place of the file.
+    pub fn error(at: &Path, span: Span, message: impl Into<String>) -> Self {
+        Self {
+            severity: Severity::Error,
+            span,
+            path: at.to_string(),
+            message: message.into(),
+            hint: None,
+        }
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -65,7 +78,7 @@ impl fmt::Display for Problem {
 
 impl Problems {
     /// The problems of `file` whose text is `source`, sorted by their place.
-    pub fn new(file: &Path, source: &str, mut problems: Vec<Problem>) -> Self {
+    pub fn new(file: &FilePath, source: &str, mut problems: Vec<Problem>) -> Self {
         for problem in &mut problems {
             // What is quoted from the file may be anything, and must not break the lines of a
             // report.
@@ -81,26 +94,17 @@ impl Problems {
     }
 
     /// A single problem with the file as a whole: it cannot be read, it is empty.
-    pub fn whole_file(file: &Path, message: impl Into<String>) -> Self {
-        let problem = Problem {
-            severity: Severity::Error,
-            span: Span {
-                line: 1,
-                column: 1,
-                bytes: 0..0,
-            },
-            path: String::new(),
-            message: message.into(),
-            hint: None,
-        };
+    pub fn whole_file(file: &FilePath, message: impl Into<String>) -> Self {
+        let problem = Problem::error(&Path::default(), Span::start(), message);
         Self::new(file, "", vec![problem])
     }
 
-    /// True when one of them forbids the use of the file.
-    pub fn has_errors(&self) -> bool {
-        self.problems
-            .iter()
-            .any(|problem| problem.severity == Severity::Error)
+    /// How many of them forbid the use of the file.
+    pub fn errors(&self) -> usize {
+        let errors = self.problems.iter();
+        errors
+            .filter(|problem| problem.severity == Severity::Error)
+            .count()
     }
 
     /// All of them with the lines they stand in, for a terminal.

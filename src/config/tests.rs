@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use super::file::json_schema;
-use super::load::{Lists, load, load_text};
+use super::load::{load, load_list, load_text};
 use super::problem::{Problems, Severity};
 
 /// Rewrites what is compared with, instead of comparing: look at the difference before you commit
@@ -62,7 +62,7 @@ fn yaml_files(directory: &str) -> Vec<PathBuf> {
 #[test]
 fn problems_are_said_as_the_golden_files_say() {
     for file in yaml_files("tests/data/problems") {
-        let problems = match load(&file, &Lists::new()) {
+        let problems = match load(&file, &mut load_list) {
             Ok(loaded) => loaded.warnings,
             Err(problems) => problems,
         };
@@ -81,7 +81,7 @@ fn problems_are_said_as_the_golden_files_say() {
 #[test]
 fn every_problem_points_at_the_line_and_column_that_are_printed() {
     for file in yaml_files("tests/data/problems") {
-        let Err(problems) = load(&file, &Lists::new()) else {
+        let Err(problems) = load(&file, &mut load_list) else {
             continue;
         };
         let rendered = problems.render(false);
@@ -108,7 +108,7 @@ fn a_file_that_does_not_exist_or_is_not_text_is_a_problem_of_its_own() {
 }
 
 fn message(file: &Path) -> String {
-    let problems = load(file, &Lists::new()).unwrap_err();
+    let problems = load(file, &mut load_list).unwrap_err();
     assert_eq!(problems.problems.len(), 1);
     problems.problems[0].message.clone()
 }
@@ -119,14 +119,14 @@ fn an_empty_user_list_is_a_list_and_the_same_file_under_two_names_is_read_once()
     fs::write(directory.path().join("empty.txt"), "").unwrap();
     let text = "listeners: [ { name: web, address: '127.0.0.1:0' } ]\nroutes: []\n\
                 userLists: [ { name: one, file: empty.txt }, { name: two, file: empty.txt } ]\n";
-    let loaded = load_text(&directory.path().join("serin.yaml"), text, &Lists::new()).unwrap();
+    let loaded = load_text(&directory.path().join("serin.yaml"), text, &mut load_list).unwrap();
     assert_eq!((loaded.config.user_lists.len(), loaded.lists.len()), (2, 1));
 }
 
 #[test]
 fn a_mapping_written_as_a_list_is_not_taken_by_position() {
     let text = "listeners: [ [ web, '127.0.0.1:0', [], {} ] ]\nroutes: []\n";
-    let problems = load_text(Path::new("serin.yaml"), text, &Lists::new()).unwrap_err();
+    let problems = load_text(Path::new("serin.yaml"), text, &mut load_list).unwrap_err();
     assert!(
         problems
             .to_string()
@@ -140,7 +140,7 @@ fn words_that_old_yaml_took_for_booleans_are_names() {
     let text = "listeners: [ { name: on, address: '127.0.0.1:0' } ]\n\
                 backends: [ { name: off, endpoints: [ '127.0.0.1:9001' ] } ]\n\
                 routes: [ { name: no, backendRefs: [ { name: off } ] } ]\n";
-    let loaded = load_text(Path::new("serin.yaml"), text, &Lists::new()).unwrap();
+    let loaded = load_text(Path::new("serin.yaml"), text, &mut load_list).unwrap();
     assert_eq!(&*loaded.config.backends[0].name, "off");
 }
 
@@ -161,7 +161,7 @@ fn the_reference_and_every_example_load_without_a_word() {
             .any(|file| file.ends_with("config/reference.yaml"))
     );
     for file in files {
-        match load(&file, &Lists::new()) {
+        match load(&file, &mut load_list) {
             Ok(loaded) => assert!(
                 loaded.warnings.problems.is_empty(),
                 "\n{}",
@@ -176,7 +176,7 @@ fn the_reference_and_every_example_load_without_a_word() {
 
 /// Loads a text as if it stood in `config/reference.yaml`, so that the files it names are there.
 fn load_reference(text: &str) -> Result<(), Problems> {
-    load_text(Path::new("config/reference.yaml"), text, &Lists::new()).map(|_| ())
+    load_text(Path::new("config/reference.yaml"), text, &mut load_list).map(|_| ())
 }
 
 /// Either it loads, or an error says why not; and whatever is said can be printed.
@@ -184,7 +184,7 @@ fn assert_judged(text: &str) -> Result<(), TestCaseError> {
     let Err(problems) = load_reference(text) else {
         return Ok(());
     };
-    prop_assert!(problems.has_errors(), "refused without an error:\n{}", text);
+    prop_assert!(problems.errors() > 0, "refused without an error:\n{}", text);
     for problem in &problems.problems {
         let place = &problem.span;
         prop_assert!(place.line >= 1 && place.column >= 1, "{:?}", problem);
@@ -295,7 +295,7 @@ fn a_file_of_twelve_thousand_routes_is_read() {
              matches: [{{ path: {{ value: /a }}, method: GET }}], gray: {{ identity: [{{ header: x-user-id }}] }} }}\n"
         ));
     }
-    let loaded = load_text(Path::new("many.yaml"), &text, &Lists::new());
+    let loaded = load_text(Path::new("many.yaml"), &text, &mut load_list);
     assert_eq!(
         loaded
             .map(|loaded| loaded.config.routes.len())

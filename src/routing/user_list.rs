@@ -50,6 +50,9 @@ struct NumberIds {
 // === impl UserList ===
 
 impl UserList {
+    /// The largest file that is read, in bytes.
+    pub const LARGEST_FILE: u64 = 16 << 30;
+
     /// Builds the list from the content of its file.
     ///
     /// The content becomes the list's own memory where the format allows it, hence it is taken by

@@ -433,7 +433,8 @@ async fn a_swapped_directory_is_noticed_without_polling() {
     let path = outer.path().join("current/serin.yaml");
     let next = outer.path().join("next");
     let current = outer.path().join("current");
-    let proxy = Proxy::start_at(&path, outer);
+    let never = std::time::Duration::from_secs(3600);
+    let proxy = Proxy::start_polling(&path, outer, never);
     assert_eq!(get(proxy.address(), "/", &[]).await.text(), "stable");
     symlink("r2", &next).unwrap();
     fs::rename(&next, &current).unwrap();
@@ -705,20 +706,94 @@ userLists: [ { name: beta, file: beta.txt } ]
     }
 
     #[tokio::test]
-    async fn a_list_that_was_only_touched_changes_nothing() {
+    async fn what_was_only_touched_changes_nothing() {
+        let (stable, canary) = pair().await;
+        let rule = RULE.replace(
+            "userLists: [",
+            "userLists: [ { name: other, file: other.txt },",
+        );
+        let config = shop(stable.address, canary.address, (1, 0), &rule);
+        let proxy = Proxy::start_with(&config, |directory| {
+            fs::write(directory.join("beta.txt"), "ann\n").unwrap();
+            fs::write(directory.join("other.txt"), "eve\n").unwrap();
+        });
+        let touch = || {
+            fs::write(proxy.directory().join("beta.txt"), "ann\n").unwrap();
+            proxy.write(&config);
+        };
+        for (round, id) in ["joe", "kim", "lea"].into_iter().enumerate() {
+            touch();
+            // By the time this is in force the touches have been looked at as well.
+            fs::write(proxy.directory().join("other.txt"), id).unwrap();
+            let revision = round as u64 + 2;
+            eventually("the real change is in force", || {
+                proxy.revision() == revision
+            })
+            .await;
+        }
+        let status = proxy.app().board().load();
+        assert_eq!(status.taken_over_at, status.last_attempt_at);
+        let reloads = proxy.metric("serin_config_reloads_total", &[]);
+        assert_eq!((proxy.revision(), reloads), (4, 0.0));
+    }
+
+    #[tokio::test]
+    async fn a_reload_by_call_neither_empties_a_list_nor_takes_half_of_it() {
+        let (stable, canary) = pair().await;
+        let config = shop(stable.address, canary.address, (1, 0), RULE);
+        let proxy = Proxy::start_with(&config, |directory| {
+            fs::write(directory.join("beta.txt"), "ann\nbob\n").unwrap();
+        });
+        let list = proxy.directory().join("beta.txt");
+        let mut writer = open_for_writing(&list);
+        let refusal = async || proxy.app().reload().await.unwrap().unwrap_err().to_string();
+        // Empty it is refused in any case; that it is being written the kernel tells a little later.
+        while !refusal().await.contains("beta` is being written") {
+            tokio::task::yield_now().await;
+        }
+        writer.write_all(b"ann\n").unwrap();
+        assert!(refusal().await.contains("beta` is being written"));
+        assert_eq!(version(&proxy, "bob").await, "canary");
+        writer.write_all(b"bob\neve\n").unwrap();
+        drop(writer);
+        eventually("the whole list is in force", || {
+            proxy.metric("serin_user_list_entries", &[("list", "beta")]) == 3.0
+        })
+        .await;
+        drop(open_for_writing(&list));
+        while !refusal().await.contains("is not emptied") {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(version(&proxy, "eve").await, "canary");
+    }
+
+    #[tokio::test]
+    async fn a_refused_configuration_does_not_stop_the_lists_in_force_from_being_followed() {
         let (stable, canary) = pair().await;
         let config = shop(stable.address, canary.address, (1, 0), RULE);
         let proxy = Proxy::start_with(&config, |directory| {
             fs::write(directory.join("beta.txt"), "ann\n").unwrap();
         });
-        let list = proxy.directory().join("beta.txt");
-        fs::write(&list, "ann\n").unwrap();
-        fs::write(proxy.config_file(), with_head(&config)).unwrap();
-        // Whatever the touches would have done was done before this.
-        proxy.app().reload().await.unwrap().unwrap();
-        assert_eq!(proxy.revision(), 2);
-        fs::write(&list, "bob\n").unwrap();
-        eventually("a real change is in force", || proxy.revision() == 3).await;
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let listeners = format!(
+            "listeners: [ {{ name: web, address: '127.0.0.1:0' }}, {{ name: more, address: '{}' }} ]\n",
+            taken.local_addr().unwrap()
+        );
+        let without = shop(stable.address, canary.address, (1, 0), "");
+        proxy.write(&(listeners + &without));
+        eventually("the address in use is a problem", || {
+            last_reload_failed(&proxy)
+        })
+        .await;
+        fs::write(proxy.directory().join("beta.txt"), "bob\n").unwrap();
+        eventually("the list in force has changed", || proxy.revision() == 2).await;
+        assert_eq!(version(&proxy, "bob").await, "canary");
+        drop(taken);
+        eventually("the configuration is in force", || {
+            !last_reload_failed(&proxy)
+        })
+        .await;
+        assert_eq!(version(&proxy, "bob").await, "stable");
     }
 
     #[tokio::test]
@@ -767,14 +842,16 @@ userLists: [ { name: beta, file: beta.txt } ]
         let (stable, canary) = pair().await;
         let without = shop(stable.address, canary.address, (1, 0), "");
         let with = shop(stable.address, canary.address, (1, 0), RULE);
+        let with = with.replace("file: beta.txt", "file: beta.json, format: json");
         let proxy = Proxy::start(&without);
-        let mut writer = fs::File::create(proxy.directory().join("beta.txt")).unwrap();
-        writer.write_all(b"ann\n").unwrap();
+        let mut writer = fs::File::create(proxy.directory().join("beta.json")).unwrap();
+        writer.write_all(b"[\"ann\",").unwrap();
         proxy.write(&with);
         // Time is the very thing under test: this is several times as long as a file has to rest.
         tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+        assert!(!last_reload_failed(&proxy), "half of it is not read");
         assert_eq!(proxy.revision(), 1);
-        writer.write_all(b"bob\n").unwrap();
+        writer.write_all(b"\"bob\"]").unwrap();
         drop(writer);
         eventually("the config is in force", || proxy.revision() > 1).await;
         assert_eq!(version(&proxy, "bob").await, "canary");

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serin::app::{App, Drained, Follow};
-use serin::config::load::{Lists, load};
+use serin::config::load::{load, load_list};
+use serin::config::watch::POLL_INTERVAL;
 use tempfile::TempDir;
 
 pub(crate) use client::{Client, Raw, Reply, get};
@@ -41,9 +42,15 @@ impl Proxy {
 
     /// Starts a proxy with the configuration at `path`, anywhere in `directory`.
     pub(crate) fn start_at(path: &Path, directory: TempDir) -> Self {
-        let loaded = load(path, &Lists::new())
+        Self::start_polling(path, directory, POLL_INTERVAL)
+    }
+
+    /// As `start_at`, looking at the files this often even if nothing tells that they changed.
+    pub(crate) fn start_polling(path: &Path, directory: TempDir, poll: Duration) -> Self {
+        let loaded = load(path, &mut load_list)
             .unwrap_or_else(|problems| panic!("{}", problems.render(false)));
-        let app = App::start(loaded, Follow::Files).unwrap_or_else(|problems| panic!("{problems}"));
+        let app = App::start(loaded, Follow::Files { poll })
+            .unwrap_or_else(|problems| panic!("{problems}"));
         Self {
             app: Some(app),
             directory,
