@@ -4,7 +4,7 @@
 //! Nothing else may publish a snapshot, so there is no question of which of two changes came first,
 //! and what the status page says is what is in force.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -18,7 +18,7 @@ use crate::config::load::{Loaded, LoadedList};
 use crate::config::{Config, ListSource, Problem, Problems, Workers};
 use crate::routing::UserList;
 use crate::server::acceptor::Acceptor;
-use crate::server::{self, OpenListener, Socketed};
+use crate::server::{self, BoundSocket, DrainingListener, OpenListener};
 use crate::snapshot::{Live, Revision, Snapshot, compile};
 use crate::telemetry::metrics::Metrics;
 
@@ -70,7 +70,7 @@ pub struct Status {
     /// What the file says that only a restart can change.
     pub restart_required: Vec<&'static str>,
     /// Lists whose file could not be read again, and why; the ids read before stay in force.
-    pub stale_lists: Vec<(Arc<str>, String)>,
+    pub stale_lists: HashMap<ListSource, String>,
     /// How file changes are noticed.
     pub watching: Watching,
 }
@@ -85,6 +85,8 @@ pub struct Control {
     metrics: Arc<Metrics>,
     endpoints: Endpoints,
     listeners: Vec<OpenListener>,
+    /// Those that are no longer configured, until their last connection has ended.
+    draining: Vec<DrainingListener>,
     /// What the process started with and cannot change.
     fixed: Fixed,
     board: StatusBoard,
@@ -121,7 +123,7 @@ impl Control {
         loaded: Loaded,
         watching: Watching,
         metrics: Arc<Metrics>,
-    ) -> Result<(Self, Vec<Socketed>), Problems> {
+    ) -> Result<(Self, Vec<BoundSocket>), Problems> {
         let (listeners, sockets) = bind_new(&loaded, &[], &metrics)?;
         let fixed = Fixed {
             workers: loaded.config.workers,
@@ -130,7 +132,7 @@ impl Control {
         };
         let mut endpoints = Endpoints::default();
         let revision = Revision(1);
-        let first = snapshot(&loaded, &listeners, revision, &mut endpoints, &metrics);
+        let first = snapshot(&loaded, &listeners, &[], revision, &mut endpoints, &metrics);
         let now = SystemTime::now();
         let status = Status {
             revision,
@@ -139,7 +141,7 @@ impl Control {
             last_attempt_at: now,
             refused: None,
             restart_required: Vec::new(),
-            stale_lists: Vec::new(),
+            stale_lists: HashMap::new(),
             watching,
         };
         show(&metrics, &status);
@@ -156,6 +158,7 @@ impl Control {
                 metrics,
                 endpoints,
                 listeners,
+                draining: Vec::new(),
                 fixed,
                 board,
             },
@@ -215,11 +218,13 @@ impl Control {
             }
         }
         self.listeners = kept.into_iter().chain(opened).collect();
+        let before = self.live.load();
+        let draining = closed.into_iter().filter_map(|open| open.drain(&before));
+        self.draining.extend(draining);
         let revision = self.publish(&loaded);
         for socket in sockets {
             acceptor.open(socket);
         }
-        drop(closed);
 
         let restart_required = self.fixed.differences(&loaded.config);
         for what in &restart_required {
@@ -244,7 +249,7 @@ impl Control {
             // A list that was not read again is as stale as it was.
             status
                 .stale_lists
-                .retain(|(name, _)| same_list(&before, &status.loaded, name));
+                .retain(|source, _| same_list(&before, &status.loaded, source));
         });
         Ok(revision)
     }
@@ -266,10 +271,7 @@ impl Control {
 
     fn take_over_list(&mut self, source: &ListSource, list: LoadedList) {
         let mut loaded = Loaded::clone(&self.board.load().loaded);
-        let names: Vec<String> = names_of(&loaded.config, source)
-            .into_iter()
-            .map(str::to_owned)
-            .collect();
+        let names = names_of(&loaded.config, source);
         if names.is_empty() {
             return;
         }
@@ -279,9 +281,7 @@ impl Control {
         self.update(|status| {
             status.revision = revision;
             status.loaded = Arc::new(loaded);
-            status
-                .stale_lists
-                .retain(|(name, _)| !names.iter().any(|read| **read == **name));
+            status.stale_lists.remove(source);
         });
     }
 
@@ -292,18 +292,20 @@ impl Control {
                 list = name,
                 "user list {name} {reason}; the ids read before stay"
             );
-            self.update(|status| {
-                status.stale_lists.retain(|(stale, _)| **stale != *name);
-                status.stale_lists.push((name.into(), reason.to_owned()));
-            });
         }
+        self.update(|status| {
+            let reason = reason.to_owned();
+            status.stale_lists.insert(source.clone(), reason);
+        });
     }
 
     fn publish(&mut self, loaded: &Loaded) -> Revision {
         let revision = Revision(self.board.load().revision.0 + 1);
+        self.draining.retain(DrainingListener::has_connections);
         let next = snapshot(
             loaded,
             &self.listeners,
+            &self.draining,
             revision,
             &mut self.endpoints,
             &self.metrics,
@@ -325,12 +327,9 @@ impl Control {
 // === impl Status ===
 
 impl Status {
-    /// What became of reading the list of this name again, if that failed.
-    pub fn stale(&self, list: &str) -> Option<&str> {
-        self.stale_lists
-            .iter()
-            .find(|(name, _)| **name == *list)
-            .map(|(_, reason)| reason.as_str())
+    /// What became of reading this list again, if that failed.
+    pub fn stale(&self, list: &ListSource) -> Option<&str> {
+        self.stale_lists.get(list).map(String::as_str)
     }
 }
 
@@ -372,17 +371,9 @@ async fn retire(snapshot: Arc<Snapshot>) {
     drop(tokio::task::spawn_blocking(move || drop(snapshot)));
 }
 
-fn same_list(before: &Loaded, after: &Loaded, name: &str) -> bool {
-    let list = |loaded: &Loaded| {
-        let list = loaded
-            .config
-            .user_lists
-            .iter()
-            .find(|list| *list.name == *name)?;
-        Some(Arc::clone(&loaded.lists[&list.source].list))
-    };
-    match (list(before), list(after)) {
-        (Some(before), Some(after)) => Arc::ptr_eq(&before, &after),
+fn same_list(before: &Loaded, after: &Loaded, source: &ListSource) -> bool {
+    match (before.lists.get(source), after.lists.get(source)) {
+        (Some(before), Some(after)) => Arc::ptr_eq(&before.list, &after.list),
         _ => false,
     }
 }
@@ -393,7 +384,7 @@ fn bind_new(
     loaded: &Loaded,
     open: &[OpenListener],
     metrics: &Metrics,
-) -> Result<(Vec<OpenListener>, Vec<Socketed>), Problems> {
+) -> Result<(Vec<OpenListener>, Vec<BoundSocket>), Problems> {
     let mut bound = Vec::new();
     let mut problems = Vec::new();
     for (position, listener) in loaded.config.listeners.iter().enumerate() {
@@ -442,6 +433,7 @@ pub(crate) fn problem_at(source: &str, at: &Path, message: String) -> Problem {
 fn snapshot(
     loaded: &Loaded,
     listeners: &[OpenListener],
+    draining: &[DrainingListener],
     revision: Revision,
     endpoints: &mut Endpoints,
     metrics: &Metrics,
@@ -458,6 +450,8 @@ fn snapshot(
             listener.address = open.bound;
         }
     }
+    let draining = draining.iter().map(|drained| drained.listener.clone());
+    next.draining_listeners = draining.collect();
     next
 }
 
@@ -514,7 +508,7 @@ fn show(metrics: &Metrics, status: &Status) {
         gauge("serin_user_list_entries").set(loaded.list.len() as f64);
         gauge("serin_user_list_bytes").set(loaded.list.heap_bytes() as f64);
         gauge("serin_user_list_last_load_successful")
-            .set(f64::from(u8::from(status.stale(&list.name).is_none())));
+            .set(f64::from(u8::from(status.stale(&list.source).is_none())));
         gauge("serin_user_list_last_load_success_timestamp_seconds").set(seconds(loaded.loaded_at));
         if let Some(expires_at) = list.expires_at {
             gauge(EXPIRY).set(expires_at as f64);
@@ -522,8 +516,9 @@ fn show(metrics: &Metrics, status: &Status) {
     }
 }
 
-/// Sets what is no longer configured to 0: the registry cannot forget a gauge, and a stale level
-/// would be a lie.
+/// Sets what is no longer configured to "not a number", and weights to 0: the registry cannot forget
+/// a gauge, an old value would be a lie, and 0 says "failed" or "expired". No comparison holds for
+/// what is not a number, so no alert fires.
 fn forget(metrics: &Metrics, before: &Config, after: &Config) {
     let lists: HashSet<&str> = after.user_lists.iter().map(|list| &*list.name).collect();
     for list in before
@@ -532,7 +527,7 @@ fn forget(metrics: &Metrics, before: &Config, after: &Config) {
         .filter(|list| !lists.contains(&*list.name))
     {
         for name in LIST_GAUGES {
-            metrics.gauge(name, &[("list", &list.name)]).set(0.0);
+            metrics.gauge(name, &[("list", &list.name)]).set(f64::NAN);
         }
     }
     for list in after
@@ -545,7 +540,7 @@ fn forget(metrics: &Metrics, before: &Config, after: &Config) {
             .iter()
             .any(|known| known.name == list.name && known.expires_at.is_some())
         {
-            metrics.gauge(EXPIRY, &[("list", &list.name)]).set(0.0);
+            metrics.gauge(EXPIRY, &[("list", &list.name)]).set(f64::NAN);
         }
     }
     let still: HashSet<(&str, &str)> = weights(after).collect();

@@ -17,12 +17,14 @@ use arc_swap::ArcSwap;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::watch;
 
+use crate::config::Listener;
+use crate::snapshot::Snapshot;
 use crate::telemetry::metrics::{Level, Metrics};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 4096;
 
-/// Where a listener is in its life.
+/// Where a listener is in its life; the end of the sender says `Draining` as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// It takes connections.
@@ -31,7 +33,7 @@ pub enum Phase {
     Draining,
 }
 
-/// An open listener as its owner sees it: dropping it begins its drain.
+/// An open listener as its owner sees it; dropped, it drains.
 #[derive(Debug)]
 pub struct OpenListener {
     /// The address in the configuration; its port may be 0.
@@ -45,9 +47,17 @@ pub struct OpenListener {
     phase: watch::Sender<Phase>,
 }
 
+/// A listener that takes no connections any more, as long as it still has some.
+#[derive(Debug)]
+pub struct DrainingListener {
+    /// What was configured; its connections go by it to their end.
+    pub listener: Listener,
+    phase: watch::Sender<Phase>,
+}
+
 /// A bound socket on its way to the acceptor.
 #[derive(Debug)]
-pub struct Socketed {
+pub struct BoundSocket {
     socket: TcpListener,
     bound: SocketAddr,
     name: Arc<str>,
@@ -64,7 +74,7 @@ pub fn bind(
     configured: SocketAddr,
     name: &Arc<str>,
     metrics: &Metrics,
-) -> io::Result<(OpenListener, Socketed)> {
+) -> io::Result<(OpenListener, BoundSocket)> {
     let socket = listen(configured)?;
     let bound = socket.local_addr()?;
     let active = Arc::new(ArcSwap::new(level(name, metrics)));
@@ -79,7 +89,7 @@ pub fn bind(
     let name = Arc::clone(name);
     Ok((
         open,
-        Socketed {
+        BoundSocket {
             socket,
             bound,
             name,
@@ -101,6 +111,22 @@ impl OpenListener {
             self.active.store(level(name, metrics));
         }
     }
+
+    /// Begins its drain. `None` when `snapshot` does not know it.
+    pub fn drain(self, snapshot: &Snapshot) -> Option<DrainingListener> {
+        self.phase.send_replace(Phase::Draining);
+        Some(DrainingListener {
+            listener: snapshot.listener(self.bound)?.clone(),
+            phase: self.phase,
+        })
+    }
+}
+
+impl DrainingListener {
+    /// False once the last connection has ended, and with it the last who listens to the phase.
+    pub fn has_connections(&self) -> bool {
+        !self.phase.is_closed()
+    }
 }
 
 /// A socket that listens, without blocking.
@@ -120,10 +146,4 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
-}
-
-impl Drop for OpenListener {
-    fn drop(&mut self) {
-        self.phase.send_replace(Phase::Draining);
-    }
 }

@@ -3,7 +3,7 @@
 //!
 //! [`compile`] is pure but for the living state it takes over by key (endpoints, metric handles).
 //! [`Live`] has a single writer, [`control`](crate::control); a request reads it once and holds on
-//! to what it read to its last byte.
+//! to what it read until the head of its response is sent.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -36,6 +36,8 @@ pub struct Snapshot {
     pub revision: Revision,
     /// The listeners.
     pub listeners: Vec<config::Listener>,
+    /// Listeners that are no longer configured but still have connections.
+    pub draining_listeners: Vec<config::Listener>,
     /// The routes in the order of the file.
     pub routes: Vec<Arc<Route>>,
     /// The backends in the order of the file.
@@ -128,6 +130,7 @@ pub fn compile(
     Snapshot {
         revision,
         listeners: config.listeners.clone(),
+        draining_listeners: Vec::new(),
         routes: config
             .routes
             .iter()
@@ -281,10 +284,11 @@ impl Snapshot {
         self.table.find(head).map(|index| &self.routes[index])
     }
 
-    /// The listener that is bound to this address; `None` once it is no longer configured.
+    /// The listener that is bound to this address; `None` once it is gone.
     pub fn listener(&self, bound: SocketAddr) -> Option<&config::Listener> {
-        self.listeners
-            .iter()
+        let listeners = self.listeners.iter().chain(&self.draining_listeners);
+        listeners
+            .into_iter()
             .find(|listener| listener.address == bound)
     }
 

@@ -214,7 +214,7 @@ impl UserListView {
             expires_at: list
                 .expires_at
                 .map(|at| time(SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(at))),
-            problem: status.stale(&list.name).map(str::to_owned),
+            problem: status.stale(&list.source).map(str::to_owned),
         }
     }
 }

@@ -58,21 +58,21 @@ pub struct Reloader {
     /// The configuration file and the keys it names.
     files: HashMap<PathBuf, Followed>,
     lists: ListFiles,
-    step: Step,
+    standing: Standing,
     watches: Watches,
     /// Some file has changed and does not rest yet: look again soon.
     restless: bool,
 }
 
-/// Whether what the files say is in force.
+/// How what the files say stands to what is in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Step {
-    /// It is.
-    InStep,
-    /// It is not: it was refused. What was found wrong is kept so as to be said only once, however
+enum Standing {
+    /// It is the same.
+    InForce,
+    /// It was refused. What was found wrong is kept so as to be said only once, however
     /// often it is looked at.
     Refused(String),
-    /// It will be when the lists that it names anew rest.
+    /// It will be in force when the lists that it names anew rest.
     Awaiting,
 }
 
@@ -122,7 +122,7 @@ impl Reloader {
             hash: loaded.hash,
             files: files_of(loaded),
             lists: ListFiles::new(&loaded.lists),
-            step: Step::InStep,
+            standing: Standing::InForce,
             watches: Watches::new(),
             restless: false,
         };
@@ -198,7 +198,7 @@ impl Reloader {
         }
         if restless {
             self.restless = true;
-        } else if changed || self.step != Step::InStep {
+        } else if changed || self.standing != Standing::InForce {
             self.reload(Cause::Noticed).await;
         }
         self.restless |= self.lists.look(&self.watches);
@@ -218,23 +218,23 @@ impl Reloader {
         let unsettled = lists.unsettled();
         match (&loaded, &cause) {
             (Ok(loaded), Cause::Noticed)
-                if self.step == Step::InStep && self.says_the_same(loaded) =>
+                if self.standing == Standing::InForce && self.says_the_same(loaded) =>
             {
                 debug!("the configuration file was touched but not changed");
                 self.remember(files_of(loaded), loaded);
             }
             // Nothing else is wrong with it.
             (Err(problems), Cause::Noticed) if unsettled > 0 && problems.errors() == unsettled => {
-                if self.step != Step::Awaiting {
+                if self.standing != Standing::Awaiting {
                     info!(
                         "the configuration waits for user lists that are being written: {problems}"
                     );
                 }
-                self.step = Step::Awaiting;
+                self.standing = Standing::Awaiting;
                 self.restless = true;
             }
-            (Err(problems), Cause::Noticed) if self.step == Step::Refused(problems.to_string()) => {
-            }
+            (Err(problems), Cause::Noticed)
+                if self.standing == Standing::Refused(problems.to_string()) => {}
             _ => self.apply(loaded, cause).await,
         }
     }
@@ -255,7 +255,7 @@ impl Reloader {
         };
         match (&outcome, followed) {
             (Ok(_), Some(loaded)) => self.remember(files_of(&loaded), &loaded),
-            (Err(problems), _) => self.step = Step::Refused(problems.to_string()),
+            (Err(problems), _) => self.standing = Standing::Refused(problems.to_string()),
             (Ok(_), None) => {}
         }
         if let Cause::Asked(reply) = cause {
@@ -274,7 +274,7 @@ impl Reloader {
 
     fn remember(&mut self, files: HashMap<PathBuf, Followed>, loaded: &Loaded) {
         self.hash = loaded.hash;
-        self.step = Step::InStep;
+        self.standing = Standing::InForce;
         self.files = files;
         self.lists.follow(&loaded.lists);
     }

@@ -11,13 +11,14 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
+use tokio::task::unconstrained;
 use tracing::{debug, info, warn};
 
 use crate::proxy::origin::Peer;
 use crate::telemetry::metrics::Level;
 
 use super::worker::{Accepted, WorkerHandle};
-use super::{Phase, Socketed};
+use super::{BACKLOG, BoundSocket, Phase};
 
 /// How long accepting rests when the process has run out of file descriptors.
 const EXHAUSTION_PAUSE: Duration = Duration::from_millis(100);
@@ -26,7 +27,7 @@ const EXHAUSTION_PAUSE: Duration = Duration::from_millis(100);
 /// have drained.
 #[derive(Clone, Debug)]
 pub struct Acceptor {
-    sockets: mpsc::UnboundedSender<Socketed>,
+    sockets: mpsc::UnboundedSender<BoundSocket>,
 }
 
 /// One listener's task.
@@ -54,8 +55,8 @@ impl Acceptor {
         let run = move || {
             let local = tokio::task::LocalSet::new();
             local.spawn_local(async move {
-                while let Some(socketed) = sockets.recv().await {
-                    match Accepting::new(socketed, Arc::clone(&workers)) {
+                while let Some(bound) = sockets.recv().await {
+                    match Accepting::new(bound, Arc::clone(&workers)) {
                         Ok(accepting) => drop(tokio::task::spawn_local(accepting.run())),
                         Err(error) => warn!(%error, "a listener cannot be watched for connections"),
                     }
@@ -70,8 +71,8 @@ impl Acceptor {
     }
 
     /// Opens a listener to connections.
-    pub fn open(&self, socketed: Socketed) {
-        if self.sockets.send(socketed).is_err() {
+    pub fn open(&self, bound: BoundSocket) {
+        if self.sockets.send(bound).is_err() {
             warn!("the acceptor is gone");
         }
     }
@@ -80,14 +81,14 @@ impl Acceptor {
 // === impl Accepting ===
 
 impl Accepting {
-    fn new(socketed: Socketed, workers: Arc<[WorkerHandle]>) -> io::Result<Self> {
-        let Socketed {
+    fn new(bound: BoundSocket, workers: Arc<[WorkerHandle]>) -> io::Result<Self> {
+        let BoundSocket {
             socket,
             bound,
             name,
             active,
             phase,
-        } = socketed;
+        } = bound;
         info!(listener = %name, address = %bound, "listening");
         Ok(Self {
             socket: TcpListener::from_std(socket)?,
@@ -101,10 +102,10 @@ impl Accepting {
     async fn run(mut self) {
         loop {
             let accepted = tokio::select! {
+                // The drain first: nobody who keeps connecting can put it off.
                 biased;
-                accepted = self.socket.accept() => accepted,
-                // The sender's end is a drop, which says the same as `Draining`.
                 _ = self.phase.wait_for(|phase| *phase == Phase::Draining) => break,
+                accepted = self.socket.accept() => accepted,
             };
             match accepted {
                 Ok((stream, peer)) => self.hand_over(stream, peer),
@@ -117,9 +118,13 @@ impl Accepting {
 
     /// Takes what was queued when the drain began: the kernel would reset those connections.
     async fn empty_backlog(&self) {
-        let queued = || poll_fn(|cx| Poll::Ready(self.socket.poll_accept(cx)));
-        while let Poll::Ready(Ok((stream, peer))) = queued().await {
-            self.hand_over(stream, peer);
+        let queued = || unconstrained(poll_fn(|cx| Poll::Ready(self.socket.poll_accept(cx))));
+        for _ in 0..BACKLOG {
+            match queued().await {
+                Poll::Ready(Ok((stream, peer))) => self.hand_over(stream, peer),
+                Poll::Ready(Err(error)) if has_left(&error) => {}
+                Poll::Ready(Err(_)) | Poll::Pending => break,
+            }
         }
     }
 
@@ -127,6 +132,7 @@ impl Accepting {
         let Some(worker) = self
             .workers
             .iter()
+            .filter(|worker| worker.is_alive())
             .min_by_key(|worker| worker.connections())
         else {
             return;
@@ -147,15 +153,20 @@ impl Accepting {
         });
     }
 
-    /// A client that left the queue is nothing; without file descriptors, trying again at once
-    /// would spin.
+    /// A client that left is nothing; without file descriptors, trying again at once would spin.
     async fn rest_after(&self, error: &io::Error) {
-        if error.kind() == io::ErrorKind::ConnectionAborted
-            || error.kind() == io::ErrorKind::Interrupted
-        {
+        if has_left(error) {
             return;
         }
         warn!(%error, address = %self.bound, "cannot accept");
         tokio::time::sleep(EXHAUSTION_PAUSE).await;
     }
+}
+
+/// True when the client left the queue before it was accepted.
+fn has_left(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
+    )
 }

@@ -15,8 +15,8 @@ use http::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::timeout;
+use tokio::sync::{mpsc, watch};
+use tokio::time::sleep;
 use tracing::debug;
 
 use crate::proxy::Proxy;
@@ -30,8 +30,9 @@ use super::Phase;
 /// How often idle connections to endpoints are looked at.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long a connection without any request yet is waited for when it has to end.
-const FIRST_REQUEST_GRACE: Duration = Duration::from_secs(1);
+/// How long a connection that has to end waits for a request, so as to say with its response that it
+/// is the last one: a request that is on its way when an idle connection is closed is lost.
+const LAST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 
 /// A connection on its way to a worker.
 #[derive(Debug)]
@@ -105,6 +106,11 @@ impl WorkerHandle {
         self.load.load(Ordering::Relaxed)
     }
 
+    /// False when its thread has died: then it has no connections, and must not get all of them.
+    pub fn is_alive(&self) -> bool {
+        !self.inbox.is_closed()
+    }
+
     /// Hands a connection over.
     pub fn serve(&self, accepted: Accepted) {
         self.load.fetch_add(1, Ordering::Relaxed);
@@ -161,20 +167,18 @@ async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
         Err(error) => return debug!(%error, "connection cannot be served"),
     };
     let draining = Cell::new(false);
-    let first_request = Notify::new();
-    let is_fresh = Cell::new(true);
-    let service = service_fn(|request| async {
-        if is_fresh.replace(false) {
-            first_request.notify_one();
+    let service = service_fn(|request| {
+        let served = proxy.handle(&peer, request);
+        async {
+            let mut response = served.await;
+            if draining.get() {
+                // With this hyper closes the connection after the response.
+                response
+                    .headers_mut()
+                    .insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(response)
         }
-        let mut response = proxy.handle(&peer, request).await;
-        if draining.get() {
-            // hyper closes after this response, but does not say so.
-            response
-                .headers_mut()
-                .insert(CONNECTION, HeaderValue::from_static("close"));
-        }
-        Ok::<_, Infallible>(response)
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -185,15 +189,13 @@ async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
         // The sender's end is a drop, which says the same as `Draining`.
         let _ = phase.wait_for(|phase| *phase == Phase::Draining).await;
         draining.set(true);
-        if is_fresh.get() {
-            // It came out of the queue of a closing listener: its request is on the way.
-            let _ = timeout(FIRST_REQUEST_GRACE, first_request.notified()).await;
-        }
+        sleep(LAST_REQUEST_GRACE).await;
     };
     let ended = tokio::select! {
         // The drain first: a response that comes at the same moment must say that it is the last.
         biased;
         () = drain => {
+            // Closes an idle connection now, and another one after its response.
             connection.as_mut().graceful_shutdown();
             connection.await
         }
