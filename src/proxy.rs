@@ -26,7 +26,7 @@ use crate::snapshot::{Reader, Route, Snapshot};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Loan, Pools, SendError};
 
-use body::{Progress, ReplyBody, RequestBody, UpstreamBody};
+use body::{Held, Progress, ReplyBody, RequestBody, UpstreamBody};
 use error::ProxyError;
 use exchange::Exchange;
 use origin::{Origin, Peer};
@@ -45,6 +45,7 @@ struct Answer {
     response: Response<Incoming>,
     lease: Lease,
     loan: Loan<RequestBody>,
+    request_body: Progress,
     deadline: Option<Instant>,
 }
 
@@ -74,20 +75,20 @@ impl Proxy {
         &self.live
     }
 
-    /// Serves a request; what goes wrong becomes a reply.
-    pub async fn handle(&self, peer: &Peer, request: Request<Incoming>) -> Response<ReplyBody> {
+    /// Serves a request; what goes wrong becomes a reply. From the call on the request is counted,
+    /// even if the future is never polled.
+    pub fn handle<'p>(
+        &'p self,
+        peer: &'p Peer,
+        request: Request<Incoming>,
+    ) -> impl Future<Output = Response<ReplyBody>> + 'p {
         let snapshot = self.live.current();
         let mut exchange = Exchange::begin(&self.metrics, &snapshot, &request);
-        match self.forward(&snapshot, peer, &mut exchange, request).await {
-            Ok(Answer {
-                response,
-                lease,
-                loan,
-                deadline,
-            }) => response.map(|body| {
-                ReplyBody::Upstream(UpstreamBody::new(body, exchange, lease, loan, deadline))
-            }),
-            Err(error) => error.reply(exchange),
+        async move {
+            match self.forward(&snapshot, peer, &mut exchange, request).await {
+                Ok(answer) => answer.into_response(exchange),
+                Err(error) => error.reply(exchange),
+            }
         }
     }
 
@@ -104,6 +105,7 @@ impl Proxy {
         let head = origin.head(&parts, &host);
 
         let route = snapshot.find(&head).ok_or(ProxyError::NoRoute)?;
+        headers::refuse_transfer_coding(&parts.headers, || ProxyError::TransferCoding)?;
         headers::refuse_ambiguous(&parts.headers, &route.guarded_headers)?;
         let decision = route.decide(&head, origin.trusted, &mut || self.roll());
         let target = &route.targets[decision.target];
@@ -114,13 +116,12 @@ impl Proxy {
             .lease(self.roll())
             .ok_or(ProxyError::NoEndpoint)?;
 
-        headers::prepare_request(&mut parts, &body, route, &target.backend, &origin);
+        let endpoint = lease.endpoint();
+        let backend = &target.backend;
+        headers::prepare_request(&mut parts, &body, route, backend, endpoint.address, &origin);
         let (body, progress) = RequestBody::new(body);
-        let sending = self.pools.send(
-            &target.backend,
-            lease.endpoint(),
-            Request::from_parts(parts, body),
-        );
+        let request = Request::from_parts(parts, body);
+        let sending = self.pools.send(backend, endpoint, request);
         let deadline = route
             .request_timeout
             .map(|limit| exchange.started() + limit);
@@ -131,6 +132,7 @@ impl Proxy {
             // Nobody asked: the upgrade fields were taken out of the request.
             return Err(ProxyError::UnaskedUpgrade);
         }
+        headers::refuse_transfer_coding(response.headers(), || ProxyError::UnknownCoding)?;
         *response.version_mut() = Version::HTTP_11;
         exchange.answered(response.status());
         headers::prepare_response(response.headers_mut(), route, target, &verdict);
@@ -138,12 +140,31 @@ impl Proxy {
             response,
             lease,
             loan,
+            request_body: progress,
             deadline,
         })
     }
 
     fn roll(&self) -> u64 {
         self.dice.borrow_mut().u64(..)
+    }
+}
+
+// === impl Answer ===
+
+impl Answer {
+    fn into_response(self, exchange: Exchange) -> Response<ReplyBody> {
+        let Self {
+            response,
+            lease,
+            loan,
+            request_body,
+            deadline,
+        } = self;
+        response.map(|body| {
+            let held = Held::new(exchange, lease, loan, request_body);
+            ReplyBody::Upstream(UpstreamBody::new(body, held, deadline))
+        })
     }
 }
 

@@ -16,6 +16,8 @@ use hyper::body::{Body, Incoming};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
 use tracing::debug;
 
 use crate::backend::{Backend, ConnectionPolicy, Endpoint, EndpointId};
@@ -41,9 +43,20 @@ struct Pool<B> {
 
 #[derive(Debug)]
 struct Idle<B> {
-    sender: SendRequest<B>,
+    connection: Connection<B>,
     since: Instant,
 }
+
+/// A connection: the way to hand requests to its task, and to end that.
+#[derive(Debug)]
+struct Connection<B> {
+    sender: SendRequest<B>,
+    task: AbortHandle,
+}
+
+/// How long a request may go on when its response has ended: so that a client which is sent an early
+/// refusal can read it, and one that sends nothing more does not hold on to a connection for ever.
+const REQUEST_LINGER: Duration = Duration::from_secs(5);
 
 /// A connection in use: to be given back when its response has been read to the end, and closed if
 /// it is dropped.
@@ -51,7 +64,7 @@ struct Idle<B> {
 pub struct Loan<B> {
     pools: Rc<Pools<B>>,
     endpoint: EndpointId,
-    sender: SendRequest<B>,
+    connection: Connection<B>,
 }
 
 /// Why there is no response.
@@ -95,15 +108,15 @@ where
         endpoint: &Endpoint,
         mut request: Request<B>,
     ) -> Result<(Response<Incoming>, Loan<B>), SendError> {
-        while let Some(sender) = self.take_idle(endpoint.id) {
-            match self.exchange(endpoint.id, sender, request).await {
+        while let Some(connection) = self.take_idle(endpoint.id) {
+            match self.exchange(endpoint.id, connection, request).await {
                 Ok(response) => return Ok(response),
                 Err((_, Some(unsent))) => request = *unsent,
                 Err((error, None)) => return Err(SendError::Exchange(error)),
             }
         }
-        let sender = self.connect(backend, endpoint).await?;
-        let answer = self.exchange(endpoint.id, sender, request).await;
+        let connection = self.connect(backend, endpoint).await?;
+        let answer = self.exchange(endpoint.id, connection, request).await;
         answer.map_err(|(error, _)| SendError::Exchange(error))
     }
 
@@ -115,7 +128,8 @@ where
             };
             pool.policy = policy;
             pool.connections.retain(|idle| {
-                !idle.sender.is_closed() && now.duration_since(idle.since) < policy.idle_timeout
+                !idle.connection.sender.is_closed()
+                    && now.duration_since(idle.since) < policy.idle_timeout
             });
             true
         });
@@ -124,16 +138,16 @@ where
     async fn exchange(
         self: &Rc<Self>,
         endpoint: EndpointId,
-        mut sender: SendRequest<B>,
+        mut connection: Connection<B>,
         request: Request<B>,
     ) -> Result<(Response<Incoming>, Loan<B>), (hyper::Error, Option<Box<Request<B>>>)> {
-        match sender.try_send_request(request).await {
+        match connection.sender.try_send_request(request).await {
             Ok(response) => Ok((
                 response,
                 Loan {
                     pools: Rc::clone(self),
                     endpoint,
-                    sender,
+                    connection,
                 },
             )),
             Err(mut error) => {
@@ -143,32 +157,35 @@ where
         }
     }
 
-    fn take_idle(&self, endpoint: EndpointId) -> Option<SendRequest<B>> {
+    fn take_idle(&self, endpoint: EndpointId) -> Option<Connection<B>> {
         let mut idle = self.idle.borrow_mut();
         let connections = &mut idle.get_mut(&endpoint)?.connections;
         std::iter::from_fn(|| connections.pop())
-            .map(|idle| idle.sender)
-            .find(SendRequest::is_ready)
+            .map(|idle| idle.connection)
+            .find(|connection| connection.sender.is_ready())
     }
 
     async fn connect(
         &self,
         backend: &Backend,
         endpoint: &Endpoint,
-    ) -> Result<SendRequest<B>, SendError> {
+    ) -> Result<Connection<B>, SendError> {
         let level = self.register(backend, endpoint.id);
         let stream = dial(endpoint, backend.connections.connect_timeout).await?;
-        let (sender, connection) = http1::handshake::<_, B>(TokioIo::new(stream))
+        let (sender, driver) = http1::handshake::<_, B>(TokioIo::new(stream))
             .await
             .map_err(SendError::Exchange)?;
         let up = level.up();
-        tokio::task::spawn_local(async move {
+        let task = tokio::task::spawn_local(async move {
             let _up = up;
-            if let Err(error) = connection.await {
+            if let Err(error) = driver.await {
                 debug!(%error, "upstream connection ended");
             }
         });
-        Ok(sender)
+        Ok(Connection {
+            sender,
+            task: task.abort_handle(),
+        })
     }
 
     fn register(&self, backend: &Backend, endpoint: EndpointId) -> Arc<Level> {
@@ -184,12 +201,12 @@ where
     }
 
     /// Keeps a connection for later, unless there are enough or its endpoint is gone.
-    fn keep(&self, endpoint: EndpointId, sender: SendRequest<B>) {
+    fn keep(&self, endpoint: EndpointId, connection: Connection<B>) {
         if let Some(pool) = self.idle.borrow_mut().get_mut(&endpoint)
             && pool.connections.len() < pool.policy.max_idle
         {
             pool.connections.push(Idle {
-                sender,
+                connection,
                 since: Instant::now(),
             });
         }
@@ -209,15 +226,17 @@ where
         let Self {
             pools,
             endpoint,
-            mut sender,
+            mut connection,
         } = self;
-        if sender.is_ready() {
-            pools.keep(endpoint, sender);
-        } else if !sender.is_closed() {
+        if connection.sender.is_ready() {
+            pools.keep(endpoint, connection);
+        } else if !connection.sender.is_closed() {
             // The response came before the end of the request, or hyper has not yet seen its end.
             tokio::task::spawn_local(async move {
-                if sender.ready().await.is_ok() {
-                    pools.keep(endpoint, sender);
+                match timeout(REQUEST_LINGER, connection.sender.ready()).await {
+                    Ok(Ok(())) => pools.keep(endpoint, connection),
+                    Ok(Err(_)) => {}
+                    Err(_) => connection.task.abort(),
                 }
             });
         }
@@ -225,7 +244,7 @@ where
 }
 
 async fn dial(endpoint: &Endpoint, limit: Duration) -> Result<TcpStream, SendError> {
-    let stream = tokio::time::timeout(limit, TcpStream::connect(endpoint.address))
+    let stream = timeout(limit, TcpStream::connect(endpoint.address))
         .await
         .map_err(|_| SendError::ConnectTimeout)?
         .map_err(SendError::Connect)?;

@@ -1,7 +1,9 @@
 //! Bodies on their way through: nothing is held back, and both ends are noticed.
 
 use std::cell::Cell;
+use std::error::Error;
 use std::fmt;
+use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -40,8 +42,10 @@ enum BodyState {
     Moving,
     /// The upstream would take more, but the client sends none.
     AwaitingClient,
-    /// The client broke it off.
-    Broken,
+    /// The client sent something that is no body.
+    Malformed,
+    /// The client went away.
+    Gone,
 }
 
 /// The body of a response on its way to the client.
@@ -62,11 +66,14 @@ pub struct UpstreamBody {
     deadline: Option<Pin<Box<Sleep>>>,
 }
 
-struct Held {
+/// What is held on to until the body of a response ends.
+pub(super) struct Held {
     exchange: Exchange,
     /// Counts the request as in flight at its endpoint.
     _lease: Lease,
     loan: Loan<RequestBody>,
+    /// The request's own body, which may still be on its way.
+    request_body: Progress,
 }
 
 /// Why the body of a response breaks off.
@@ -108,7 +115,7 @@ impl Body for RequestBody {
         let polled = Pin::new(&mut self.incoming).poll_frame(cx);
         match &polled {
             Poll::Pending => self.progress.await_client(),
-            Poll::Ready(Some(Err(_))) => self.progress.moved(BodyState::Broken),
+            Poll::Ready(Some(Err(error))) => self.progress.moved(BodyState::broken_by(error)),
             Poll::Ready(_) => self.progress.moved(BodyState::Moving),
         }
         polled
@@ -123,6 +130,22 @@ impl Body for RequestBody {
     }
 }
 
+// === impl BodyState ===
+
+impl BodyState {
+    /// hyper says with the cause whether what came was wrong, or nothing came any more.
+    fn broken_by(error: &hyper::Error) -> Self {
+        let cause = error
+            .source()
+            .and_then(|cause| cause.downcast_ref::<io::Error>())
+            .map(io::Error::kind);
+        match cause {
+            Some(io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput) => Self::Malformed,
+            _ => Self::Gone,
+        }
+    }
+}
+
 // === impl Progress ===
 
 impl Progress {
@@ -131,9 +154,14 @@ impl Progress {
         self.0.get().last
     }
 
-    /// True when the client broke the body off.
-    pub fn is_broken(&self) -> bool {
-        self.0.get().state == BodyState::Broken
+    /// True when the client went away before the end of the body.
+    pub fn client_is_gone(&self) -> bool {
+        self.0.get().state == BodyState::Gone
+    }
+
+    /// True when the client sent something that is no body.
+    pub fn is_malformed(&self) -> bool {
+        self.0.get().state == BodyState::Malformed
     }
 
     /// True while the client keeps the upstream waiting, and not the other way round.
@@ -196,27 +224,35 @@ impl Body for ReplyBody {
     }
 }
 
+// === impl Held ===
+
+impl Held {
+    pub(super) fn new(
+        exchange: Exchange,
+        lease: Lease,
+        loan: Loan<RequestBody>,
+        request_body: Progress,
+    ) -> Self {
+        Self {
+            exchange,
+            _lease: lease,
+            loan,
+            request_body,
+        }
+    }
+}
+
 // === impl UpstreamBody ===
 
 impl UpstreamBody {
     /// Wraps a body with what has to be held on to until it ends.
-    pub fn new(
-        incoming: Incoming,
-        exchange: Exchange,
-        lease: Lease,
-        loan: Loan<RequestBody>,
-        deadline: Option<Instant>,
-    ) -> Self {
+    pub(super) fn new(incoming: Incoming, held: Held, deadline: Option<Instant>) -> Self {
         let deadline = deadline
             .filter(|_| !incoming.is_end_stream())
             .map(|end| Box::pin(tokio::time::sleep_until(end)));
         Self {
             incoming,
-            held: Some(Held {
-                exchange,
-                _lease: lease,
-                loan,
-            }),
+            held: Some(held),
             deadline,
         }
     }
@@ -225,29 +261,28 @@ impl UpstreamBody {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        if let Poll::Ready(timeout) = self.poll_deadline(cx) {
-            return Poll::Ready(timeout);
+        let is_late = self.is_late(cx);
+        let polled = Pin::new(&mut self.incoming).poll_frame(cx);
+        if is_late {
+            // If there was something to send on, the client was the slow one.
+            let error = polled.is_pending().then_some("http_response_timeout");
+            self.fail(error);
+            return Poll::Ready(Some(Err(BodyError::Deadline)));
         }
-        let frame = ready!(Pin::new(&mut self.incoming).poll_frame(cx));
+        let frame = ready!(polled);
         match &frame {
             None => self.end(),
             Some(Ok(_)) if self.incoming.is_end_stream() => self.end(),
             Some(Ok(_)) => {}
-            Some(Err(_)) => self.fail("http_response_incomplete"),
+            Some(Err(_)) => self.fail(Some("http_response_incomplete")),
         }
         Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Upstream)))
     }
 
-    fn poll_deadline(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match &mut self.deadline {
-            Some(deadline) => ready!(deadline.as_mut().poll(cx)),
-            None => return Poll::Pending,
-        }
-        self.fail("http_response_timeout");
-        Poll::Ready(Some(Err(BodyError::Deadline)))
+    fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
+        self.deadline
+            .as_mut()
+            .is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready())
     }
 
     /// The body is whole: the exchange is over, and the connection can serve another one.
@@ -257,9 +292,14 @@ impl UpstreamBody {
         }
     }
 
-    /// The body broke off: the exchange is over, and the connection is closed.
-    fn fail(&mut self, error: &'static str) {
-        if let Some(held) = self.held.take() {
+    /// The body broke off: the exchange is over, and the connection is closed. The upstream is to
+    /// blame for `error`, unless the connection broke because the client broke off its own body.
+    fn fail(&mut self, error: Option<&'static str>) {
+        if let Some(held) = self.held.take()
+            && let Some(error) = error
+            && !held.request_body.client_is_gone()
+            && !held.request_body.is_malformed()
+        {
             held.exchange.upstream_failed(error);
         }
     }
@@ -294,4 +334,4 @@ impl fmt::Display for BodyError {
     }
 }
 
-impl std::error::Error for BodyError {}
+impl Error for BodyError {}

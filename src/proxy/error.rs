@@ -18,22 +18,30 @@ const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 pub enum ProxyError {
     /// The request makes no sense; the text says why.
     BadRequest(&'static str),
-    /// The body of the request broke off or was malformed.
+    /// What the client sent as the body of the request is none.
     RequestBody,
+    /// The client went away while it sent the body of the request.
+    ClientGone,
     /// The client began a body and does not go on with it.
     RequestStalled,
     /// A method that is not for gateways.
     MethodNotAllowed,
+    /// The body is coded in a way that is not undone here.
+    TransferCoding,
     /// No route takes it.
     NoRoute,
     /// The backend has no endpoint to send to.
     NoEndpoint,
+    /// This machine has no file descriptor or port left for a connection.
+    Exhausted(io::Error),
     /// The endpoint cannot be reached.
     Connect(io::Error),
     /// The connection did not stand in time.
     ConnectTimeout,
     /// The connection broke before the response.
     Terminated(hyper::Error),
+    /// The endpoint coded its response in a way that is not undone here.
+    UnknownCoding,
     /// What the endpoint sent is no HTTP.
     Malformed(hyper::Error),
     /// The endpoint changed protocols without being asked.
@@ -59,7 +67,9 @@ impl ProxyError {
     /// What a failed attempt means; a body that the client broke off is not the endpoint's fault.
     pub fn from_send(error: SendError, progress: &Progress) -> Self {
         match error {
-            _ if progress.is_broken() => Self::RequestBody,
+            _ if progress.client_is_gone() => Self::ClientGone,
+            _ if progress.is_malformed() => Self::RequestBody,
+            SendError::Connect(error) if is_exhaustion(&error) => Self::Exhausted(error),
             SendError::Connect(error) => Self::Connect(error),
             SendError::ConnectTimeout => Self::ConnectTimeout,
             SendError::Exchange(error) if error.is_parse() => Self::Malformed(error),
@@ -73,11 +83,15 @@ impl ProxyError {
             Self::BadRequest(_) | Self::RequestBody => StatusCode::BAD_REQUEST,
             Self::RequestStalled => StatusCode::REQUEST_TIMEOUT,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Self::TransferCoding => StatusCode::NOT_IMPLEMENTED,
             Self::NoRoute => StatusCode::NOT_FOUND,
-            Self::NoEndpoint => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Connect(_) | Self::Terminated(_) | Self::Malformed(_) | Self::UnaskedUpgrade => {
-                StatusCode::BAD_GATEWAY
-            }
+            Self::NoEndpoint | Self::Exhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::ClientGone => client_gone(),
+            Self::Connect(_)
+            | Self::Terminated(_)
+            | Self::Malformed(_)
+            | Self::UnknownCoding
+            | Self::UnaskedUpgrade => StatusCode::BAD_GATEWAY,
             Self::ConnectTimeout | Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -85,8 +99,11 @@ impl ProxyError {
     /// The error type of RFC 9209 section 2.3: in Proxy-Status and in metrics.
     pub fn token(&self) -> &'static str {
         match self {
-            Self::BadRequest(_) | Self::RequestBody | Self::RequestStalled => "http_request_error",
-            Self::MethodNotAllowed => "http_request_denied",
+            Self::BadRequest(_) | Self::RequestBody | Self::ClientGone | Self::RequestStalled => {
+                "http_request_error"
+            }
+            Self::Exhausted(_) => "connection_limit_reached",
+            Self::MethodNotAllowed | Self::TransferCoding => "http_request_denied",
             Self::NoRoute => "destination_not_found",
             Self::NoEndpoint => "destination_unavailable",
             Self::Connect(error) => match error.kind() {
@@ -99,6 +116,7 @@ impl ProxyError {
             Self::ConnectTimeout => "connection_timeout",
             Self::Terminated(_) => "connection_terminated",
             Self::Malformed(_) => "http_protocol_error",
+            Self::UnknownCoding => "http_response_transfer_coding",
             Self::UnaskedUpgrade => "http_upgrade_failed",
             Self::Timeout => "http_response_timeout",
         }
@@ -109,9 +127,11 @@ impl ProxyError {
         match self {
             Self::BadRequest(_)
             | Self::RequestBody
+            | Self::ClientGone
             | Self::RequestStalled
-            | Self::MethodNotAllowed => Side::Client,
-            Self::NoRoute => Side::Proxy,
+            | Self::MethodNotAllowed
+            | Self::TransferCoding => Side::Client,
+            Self::NoRoute | Self::Exhausted(_) => Side::Proxy,
             _ => Side::Upstream,
         }
     }
@@ -147,7 +167,10 @@ impl ProxyError {
     pub fn words(&self) -> &'static str {
         match self {
             Self::BadRequest(reason) => reason,
-            Self::RequestBody => "the request body broke off",
+            Self::RequestBody => "the request body is malformed",
+            Self::ClientGone => "the client went away",
+            Self::TransferCoding => "no transfer coding but chunked is served",
+            Self::Exhausted(_) => "the proxy can open no more connections",
             Self::RequestStalled => "the request body did not come in time",
             Self::MethodNotAllowed => "this method is not served",
             Self::NoRoute => "no route takes this host and path",
@@ -156,8 +179,27 @@ impl ProxyError {
             Self::ConnectTimeout => "the upstream did not accept the connection in time",
             Self::Terminated(_) => "the upstream closed the connection",
             Self::Malformed(_) => "the upstream's response is malformed",
+            Self::UnknownCoding => "the upstream's response has an unknown transfer coding",
             Self::UnaskedUpgrade => "the upstream switched protocols without being asked",
             Self::Timeout => "the upstream did not answer in time",
         }
     }
+}
+
+/// The status for a client that went away before it was sent one: nginx's code, for metrics alone.
+pub(super) fn client_gone() -> StatusCode {
+    StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
+}
+
+/// True for what this machine lacks, whatever the endpoint does.
+fn is_exhaustion(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let lacks = [
+        Errno::MFILE,
+        Errno::NFILE,
+        Errno::ADDRNOTAVAIL,
+        Errno::NOBUFS,
+        Errno::NOMEM,
+    ];
+    Errno::from_io_error(error).is_some_and(|errno| lacks.contains(&errno))
 }

@@ -9,6 +9,8 @@ use crate::routing::Reason;
 use crate::snapshot::{RouteTarget, Snapshot};
 use crate::telemetry::metrics::{MethodLabel, Metrics, Protocol, TargetMetrics, Up};
 
+use super::error::client_gone;
+
 /// Counts one request, whatever becomes of it: it is finished by being dropped, with its response
 /// or without.
 #[derive(Debug)]
@@ -77,7 +79,6 @@ impl Exchange {
 impl Drop for Exchange {
     /// A client that went away before it was sent a status counts as 499, nginx's code for it.
     fn drop(&mut self) {
-        let client_gone = || StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST);
         let status = self.status.unwrap_or_else(client_gone);
         self.target.count_request(
             &self.metrics,

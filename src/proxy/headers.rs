@@ -1,9 +1,11 @@
 //! What a gateway does to header sections: hop-by-hop fields go, forwarding fields come, the
 //! configured edits happen.
 
+use std::net::SocketAddr;
+
 use http::header::{
     CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName,
-    HeaderValue, SET_COOKIE, TE, TRANSFER_ENCODING, UPGRADE, VARY,
+    HeaderValue, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VARY,
 };
 use http::request::Parts;
 use http::{Uri, Version};
@@ -69,19 +71,35 @@ pub fn refuse_ambiguous(headers: &HeaderMap, guarded: &[HeaderName]) -> Result<(
     Ok(())
 }
 
-/// Makes a request ready for the upstream.
+/// Refuses a body under a transfer coding that nobody here undoes (RFC 9112 section 6.1): the field
+/// goes, and what would be left is not what was meant.
+///
+/// # Errors
+///
+/// `refusal`.
+pub fn refuse_transfer_coding(
+    headers: &HeaderMap,
+    refusal: impl FnOnce() -> ProxyError,
+) -> Result<(), ProxyError> {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => Ok(()),
+        (Some(only), None) if only.as_bytes().eq_ignore_ascii_case(b"chunked") => Ok(()),
+        _ => Err(refusal()),
+    }
+}
+
+/// Makes a request ready for the endpoint.
 pub fn prepare_request(
     parts: &mut Parts,
     body: &impl Body,
     route: &Route,
     backend: &Backend,
+    endpoint: SocketAddr,
     origin: &Origin,
 ) {
-    let host = parts
-        .headers
-        .get(HOST)
-        .cloned()
-        .or_else(|| authority_value(&parts.uri));
+    let named = parts.headers.get(HOST).cloned();
+    let named = named.or_else(|| authority_value(&parts.uri));
     let headers = &mut parts.headers;
     // Ours come after what the client nominates in Connection is gone; otherwise it could delete
     // them (CVE-2024-45410).
@@ -94,8 +112,10 @@ pub fn prepare_request(
             headers.remove(name);
         }
     }
-    forward(headers, origin, host.as_ref());
-    if let Some(host) = host {
+    remove_unsafe_trailers(headers, &route.guarded_headers);
+    forward(headers, origin, named.as_ref());
+    // HTTP/1.0 does without Host, the endpoint's HTTP/1.1 does not.
+    if let Some(host) = named.or_else(|| HeaderValue::try_from(endpoint.to_string()).ok()) {
         headers.insert(HOST, host);
     }
     // hyper's client would take a GET without a length for one without a body, and drop it.
@@ -108,8 +128,6 @@ pub fn prepare_request(
 }
 
 /// Makes a response ready for the client.
-///
-/// Its protocol version is ours, not the upstream's (RFC 9110 section 2.5).
 pub(super) fn prepare_response(
     headers: &mut HeaderMap,
     route: &Route,
@@ -132,11 +150,22 @@ pub(super) fn prepare_response(
     }
     if let Some(cookie) = &verdict.set_cookie {
         headers.append(SET_COOKIE, cookie.clone());
-        // A cache must not give one visitor's id to all.
-        headers.insert(CACHE_CONTROL, HeaderValue::from_static("private"));
+        keep_from_shared_caches(headers);
     }
     if let Some(debug) = &verdict.debug {
         headers.insert(X_SERIN_DECISION, debug.clone());
+    }
+}
+
+/// A shared cache must not give one visitor's id to all. `private` says so beside anything else (RFC
+/// 9111 section 3); what forbids more stays alone.
+fn keep_from_shared_caches(headers: &mut HeaderMap) {
+    let lines = headers.get_all(CACHE_CONTROL).iter().filter_map(text);
+    let mut directives = lines.flat_map(|line| line.split(',')).map(str::trim);
+    let is_forbidden =
+        |one: &str| one.eq_ignore_ascii_case("no-store") || one.eq_ignore_ascii_case("private");
+    if !directives.any(is_forbidden) {
+        headers.append(CACHE_CONTROL, HeaderValue::from_static("private"));
     }
 }
 
@@ -195,6 +224,23 @@ fn may_not_be_nominated(name: &HeaderName) -> bool {
         || *name == COOKIE
         || *name == CONTENT_LENGTH
         || *name == http::header::AUTHORIZATION
+        || FORWARDING.contains(name)
+}
+
+/// hyper sends the trailers that `Trailer` names, and what may not come in the head from anybody may
+/// not come behind the body either: then none comes.
+fn remove_unsafe_trailers(headers: &mut HeaderMap, guarded: &[HeaderName]) {
+    let named = headers.get_all(TRAILER).iter().filter_map(text);
+    let mut names = named.flat_map(|line| line.split(',')).map(str::trim);
+    let is_unsafe = |name: &str| {
+        name.contains('_')
+            || HeaderName::from_bytes(name.as_bytes()).is_ok_and(|name| {
+                may_not_be_nominated(&name) || guarded.contains(&name) || HOP_BY_HOP.contains(&name)
+            })
+    };
+    if names.any(is_unsafe) {
+        headers.remove(TRAILER);
+    }
 }
 
 /// Removes names with underscores: some servers read `x_user_id` as `x-user-id`, and would see

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use http::header::{HOST, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::uri::Authority;
-use http::{Method, Version};
+use http::{Method, Uri, Version};
 
 use crate::routing::RequestHead;
 use crate::routing::request::text;
@@ -77,7 +77,11 @@ impl Origin {
     pub fn head<'a>(&self, parts: &'a Parts, host: &'a str) -> RequestHead<'a> {
         RequestHead {
             host,
-            path: parts.uri.path(),
+            // `OPTIONS *` is about the whole server.
+            path: match parts.uri.path() {
+                "*" => "/",
+                path => path,
+            },
             query: parts.uri.query(),
             method: &parts.method,
             headers: &parts.headers,
@@ -95,6 +99,10 @@ impl Origin {
 pub fn host(parts: &Parts) -> Result<Cow<'_, str>, ProxyError> {
     if matches!(parts.method, Method::CONNECT | Method::TRACE) {
         return Err(ProxyError::MethodNotAllowed);
+    }
+    let is_asterisk = parts.uri.path() == "*";
+    if is_asterisk && parts.method != Method::OPTIONS || is_authority_form(&parts.uri) {
+        return Err(ProxyError::BadRequest("malformed request target"));
     }
     let mut fields = parts.headers.get_all(HOST).iter();
     let (field, more) = (fields.next(), fields.next());
@@ -130,10 +138,25 @@ fn host_field(field: &HeaderValue) -> Result<&str, ProxyError> {
 /// error.
 fn valid_authority(authority: &str) -> Result<&str, ProxyError> {
     let well_formed = authority.is_empty() || authority.parse::<Authority>().is_ok();
-    if !well_formed || authority.contains(['@', ',', '?']) {
+    if !well_formed || authority.contains(['@', ',', '?']) || !has_valid_port(authority) {
         return Err(ProxyError::BadRequest("malformed host"));
     }
     Ok(authority)
+}
+
+/// True without a port, with an empty one, and with one that there can be.
+fn has_valid_port(authority: &str) -> bool {
+    match authority.rsplit_once(':') {
+        // A colon within brackets is part of an IPv6 address.
+        Some((_, after)) if after.contains(']') => true,
+        Some((_, port)) => port.is_empty() || port.parse::<u16>().is_ok(),
+        None => true,
+    }
+}
+
+/// True for the target that is only for CONNECT (RFC 9112 section 3.2.3).
+fn is_authority_form(uri: &Uri) -> bool {
+    uri.authority().is_some() && uri.scheme().is_none()
 }
 
 /// A host as routes name it: in lower case, without port and trailing dot.
@@ -161,15 +184,14 @@ fn lower(host: &str) -> Cow<'_, str> {
 fn forwarded_from_the_right(headers: &HeaderMap) -> impl Iterator<Item = Option<IpAddr>> {
     let lines: Vec<&HeaderValue> = headers.get_all(X_FORWARDED_FOR).iter().collect();
     lines.into_iter().rev().flat_map(|line| {
-        let entries = text(line)
-            .unwrap_or("?")
-            .rsplit(',')
-            .map(|entry| entry.trim().trim_matches(['[', ']']));
-        entries.map(|entry| {
-            entry
-                .parse::<IpAddr>()
-                .ok()
-                .map(|address| address.to_canonical())
-        })
+        let entries = text(line).unwrap_or("?").rsplit(',').map(str::trim);
+        entries.map(|entry| address_in(entry).map(|address| address.to_canonical()))
     })
+}
+
+/// An address, with a port as some load balancers add it or without.
+fn address_in(entry: &str) -> Option<IpAddr> {
+    let bare = entry.trim_matches(['[', ']']).parse();
+    let with_port = || entry.parse().map(|address: SocketAddr| address.ip());
+    bare.or_else(|_| with_port()).ok()
 }
