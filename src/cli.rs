@@ -10,15 +10,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 #[derive(Debug, Parser)]
 #[command(name = "serin", version, about, max_term_width = 100)]
 pub struct Cli {
-    /// What to log: error, warn, info, debug, trace, or a filter such as `info,serin::proxy=debug`.
-    #[arg(
-        long,
-        env = "SERIN_LOG",
-        default_value = "info",
-        global = true,
-        value_name = "FILTER"
-    )]
-    pub log: String,
+    /// What to log: error, warn, info, debug, trace, or a filter such as `info,serin::proxy=debug`
+    /// (default: info, and warn for the demo).
+    #[arg(long, env = "SERIN_LOG", global = true, value_name = "FILTER")]
+    pub log: Option<String>,
 
     /// How to log.
     #[arg(long, env = "SERIN_LOG_FORMAT", default_value = "text", global = true)]
@@ -105,13 +100,13 @@ pub struct Explain {
 /// Run the demonstration.
 #[derive(Debug, Args)]
 pub struct Demo {
-    /// Where the proxy listens.
-    #[arg(long, default_value = "127.0.0.1:8080", value_name = "IP:PORT")]
-    pub listen: SocketAddr,
+    /// Where the proxy listens (default: 127.0.0.1:8080); an existing file says so itself.
+    #[arg(long, value_name = "IP:PORT")]
+    pub listen: Option<SocketAddr>,
 
-    /// Where the admin API listens.
-    #[arg(long, default_value = "127.0.0.1:9901", value_name = "IP:PORT")]
-    pub admin: SocketAddr,
+    /// Where the admin API listens (default: 127.0.0.1:9901); an existing file says so itself.
+    #[arg(long, value_name = "IP:PORT")]
+    pub admin: Option<SocketAddr>,
 
     /// Requests per second of the built-in clients; 0 for none.
     #[arg(long, default_value_t = 200, value_name = "N")]

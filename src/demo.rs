@@ -15,7 +15,9 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
+use tracing::warn;
 
 use crate::app::{App, Follow};
 use crate::cli::Demo;
@@ -88,8 +90,13 @@ async fn compare(app: &App, duration: Option<Duration>, screen: &mut Screen<'_>)
     let mut table = Table::new(&app.metrics().render());
     let mut tick = tokio::time::interval(TICK);
     tick.tick().await;
+    let mut hangup = match signal(SignalKind::hangup()) {
+        Ok(hangup) => hangup,
+        Err(error) => return warn!(%error, "signals cannot be handled"),
+    };
     loop {
         tokio::select! {
+            _ = hangup.recv() => app.request_reload(),
             _ = tick.tick() => table.draw(&app.metrics().render(), screen),
             _ = tokio::signal::ctrl_c() => return,
             () = sleep_until(end) => return table.draw(&app.metrics().render(), screen),
@@ -106,6 +113,10 @@ fn configuration(options: &Demo) -> Result<(Loaded, Follow), Problems> {
             Follow::Nothing,
         ));
     };
+    if path.exists() && (options.listen.is_some() || options.admin.is_some()) {
+        let message = "the file exists and says where to listen: leave out --listen and --admin";
+        return Err(Problems::whole_file(path, message));
+    }
     if !path.exists() {
         fs::write(path, built_in(options, free_addresses())).map_err(|error| {
             Problems::whole_file(path, format!("the file cannot be written: {error}"))
@@ -120,9 +131,13 @@ fn configuration(options: &Demo) -> Result<(Loaded, Follow), Problems> {
 }
 
 fn built_in(options: &Demo, [stable, canary]: [SocketAddr; 2]) -> String {
+    let address = |given: Option<SocketAddr>, port: u16| {
+        let default = || SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        given.unwrap_or_else(default).to_string()
+    };
     CONFIG
-        .replace("@LISTEN@", &options.listen.to_string())
-        .replace("@ADMIN@", &options.admin.to_string())
+        .replace("@LISTEN@", &address(options.listen, 8080))
+        .replace("@ADMIN@", &address(options.admin, 9901))
         .replace("@STABLE@", &stable.to_string())
         .replace("@CANARY@", &canary.to_string())
 }

@@ -16,7 +16,7 @@ use serin::demo::{self, Screen};
 use serin::explain::{Question, explain};
 use serin::snapshot::Snapshot;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
 // glibc's allocator gives the memory of a replaced user list back late, and musl's is slow.
@@ -27,11 +27,13 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const INVALID: u8 = 1;
 /// A file that cannot be read, or a command line that makes no sense.
 const USAGE: u8 = 2;
+/// A fault of Serin's own, as a panic exits.
+const FAULT: u8 = 101;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Err(reason) = start_logging(&cli) {
-        return fail(USAGE, &format!("error: --log `{}`: {reason}", cli.log));
+        return fail(USAGE, &format!("error: --log: {reason}"));
     }
     match cli.command {
         Command::Run(run) => run_proxy(&run),
@@ -118,13 +120,13 @@ impl Signals {
                     Ok(Drained::CutOff(connections)) => {
                         warn!(connections, "the drain took too long; connections were cut off");
                     }
-                    Err(_) => error!("the drain panicked"),
+                    Err(_) => return fail(FAULT, "error: the drain panicked"),
                 },
                 _ = terminate.recv() => std::process::exit(143),
                 _ = interrupt.recv() => std::process::exit(130),
             }
-        });
-        ExitCode::SUCCESS
+            ExitCode::SUCCESS
+        })
     }
 }
 
@@ -151,11 +153,12 @@ fn run_check(check: &cli::Check) -> ExitCode {
     }
     let ids: usize = loaded.lists.values().map(|list| list.list.len()).sum();
     print(&format!(
-        "{}: ok: {} routes, {} backends, {} user lists with {ids} ids\n",
+        "{}: ok: {}, {}, {} with {}\n",
         check.file.display(),
-        loaded.config.routes.len(),
-        loaded.config.backends.len(),
-        loaded.config.user_lists.len(),
+        count(loaded.config.routes.len(), "route"),
+        count(loaded.config.backends.len(), "backend"),
+        count(loaded.config.user_lists.len(), "user list"),
+        count(ids, "id"),
     ))
 }
 
@@ -222,8 +225,12 @@ fn run_demo(options: &cli::Demo) -> ExitCode {
 }
 
 fn start_logging(cli: &Cli) -> Result<(), tracing_subscriber::filter::ParseError> {
-    let quiet = matches!(cli.command, Command::Demo(_)) && cli.log == "info";
-    let filter = EnvFilter::builder().parse(if quiet { "warn" } else { &cli.log })?;
+    let default = match cli.command {
+        // Its table should not be torn by lines of the log.
+        Command::Demo(_) => "warn",
+        _ => "info",
+    };
+    let filter = EnvFilter::builder().parse(cli.log.as_deref().unwrap_or(default))?;
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
@@ -255,12 +262,17 @@ fn complain(problems: &Problems) {
 
 fn fail_with(problems: &Problems) -> ExitCode {
     complain(problems);
-    let count = problems.problems.len();
-    let what = if count == 1 { "problem" } else { "problems" };
-    fail(
-        INVALID,
-        &format!("{}: {count} {what}", problems.file.display()),
-    )
+    let (errors, all) = (problems.errors(), problems.problems.len());
+    let mut summary = count(errors, "problem");
+    if all > errors {
+        summary += &format!(" and {}", count(all - errors, "warning"));
+    }
+    fail(INVALID, &format!("{}: {summary}", problems.file.display()))
+}
+
+fn count(number: usize, what: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {what}{plural}")
 }
 
 fn fail(code: u8, message: &str) -> ExitCode {

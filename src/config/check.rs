@@ -103,12 +103,12 @@ impl Checker<'_> {
         let root = Path::default();
         // Else what seems unused may have been used by something that was cut out.
         let decoded_whole = self.problems.is_empty();
-        let listeners = self.listeners(&file.listeners, &root.key("listeners"));
         let admin = self.parse(
             file.admin.address.as_deref().unwrap_or(ADMIN_ADDRESS),
             &root.key("admin").key("address"),
             value::socket_address,
         );
+        let listeners = self.listeners(&file.listeners, admin, &root.key("listeners"));
         let shutdown = root.key("shutdown").key("timeout");
         let shutdown_timeout = self.duration(
             file.shutdown.timeout.as_deref(),
@@ -176,7 +176,12 @@ impl Checker<'_> {
         })
     }
 
-    fn listeners(&mut self, listeners: &[file::Listener], at: &Path) -> Option<Vec<Listener>> {
+    fn listeners(
+        &mut self,
+        listeners: &[file::Listener],
+        admin: Option<SocketAddr>,
+        at: &Path,
+    ) -> Option<Vec<Listener>> {
         if listeners.is_empty() && !self.document.is_maimed(at) {
             self.error(
                 at,
@@ -194,18 +199,14 @@ impl Checker<'_> {
             .map(|listener| value::socket_address(&listener.address).ok())
             .collect();
         for (position, address) in addresses.iter().enumerate() {
-            // Port 0 asks for any free port, so two of them do not collide.
-            let Some(address) = address.filter(|address| address.port() != 0) else {
-                continue;
-            };
-            if let Some(earlier) = addresses[..position]
+            let Some(address) = *address else { continue };
+            let earlier = addresses[..position]
                 .iter()
-                .position(|other| *other == Some(address))
-            {
-                let message = format!(
-                    "listener `{}` has this address already",
-                    listeners[earlier].name
-                );
+                .position(|other| other.is_some_and(|other| collide(address, other)));
+            let holder = earlier.map(|earlier| format!("listener `{}`", listeners[earlier].name));
+            let by_admin = admin.is_some_and(|admin| collide(address, admin));
+            if let Some(holder) = holder.or_else(|| by_admin.then(|| "the admin API".to_owned())) {
+                let message = format!("{holder} has this address already");
                 self.error(&at.index(position).key("address"), message, None);
             }
         }
@@ -429,6 +430,15 @@ impl Checker<'_> {
             hint,
         });
     }
+}
+
+/// True when the operating system lets only one of two sockets have its address. Port 0 asks for any
+/// free port, so two of them do not collide.
+fn collide(one: SocketAddr, other: SocketAddr) -> bool {
+    let overlap = one.ip() == other.ip()
+        || one.is_ipv4() == other.is_ipv4()
+            && (one.ip().is_unspecified() || other.ip().is_unspecified());
+    one.port() != 0 && one.port() == other.port() && overlap
 }
 
 // === impl Names ===

@@ -41,6 +41,11 @@ pub(super) fn decode(document: &mut Node) -> (Option<ConfigFile>, Vec<Problem>) 
             }
         }
     }
+    if problems.len() >= MOST_PROBLEMS {
+        let message = format!("more than {MOST_PROBLEMS} problems: no others were looked for");
+        let whole = Path::default();
+        problems.push(Problem::error(&whole, document.locate(&whole), message));
+    }
     (None, problems)
 }
 
@@ -129,7 +134,8 @@ impl Mistake {
             (MistakeKind::MissingKey { .. }, _) => document.put_in(&self.path, StandIn::Text),
             (_, Some(StandIn::Text)) => document.put_in(&self.path, StandIn::List),
             (_, Some(StandIn::List)) => document.prune(&self.path.parent()),
-            (_, None) => document.prune(&self.path),
+            // A word that should have been a key is not in the document as one.
+            (_, None) => document.prune(&self.path) || document.prune(&self.path.parent()),
         }
     }
 
@@ -205,6 +211,8 @@ impl Mistake {
             "f64" => "a number".into(),
             "u32" => format!("a whole number from 0 to {most}").into(),
             "map with a single key" => "exactly one key".into(),
+            "newtype variant" => "a mapping with a value for it".into(),
+            "unit" | "unit variant" => "the word alone, without a value".into(),
             _ if expected.starts_with("struct ") => "a mapping".into(),
             other => other.into(),
         }
@@ -265,6 +273,7 @@ fn found_in_words(found: &str) -> String {
         "null" => "nothing".to_owned(),
         "map" => "a mapping".to_owned(),
         "sequence" => "a list".to_owned(),
+        "unit variant" => "the word alone".to_owned(),
         _ => ["integer `", "floating point `", "boolean `", "string \""]
             .into_iter()
             .find_map(content)

@@ -320,6 +320,9 @@ fn syntax_problem(text: &str, error: &serde_saphyr::Error) -> Problem {
         said if said.starts_with("multiple YAML documents") => {
             "a second document begins here: only one is read".to_owned()
         }
+        said if said.starts_with("non-finite float") => {
+            "this is no number: no key takes one that is infinite or none".to_owned()
+        }
         // The library's advice is for programmers.
         said => said
             .split(", set DuplicateKeyPolicy")

@@ -226,7 +226,13 @@ pub fn day(text: &str) -> Result<u64, String> {
 /// What the `regex` crate says, which has neither back-references nor look-around and so cannot run
 /// away.
 pub fn regex(text: &str) -> Result<Regex, String> {
-    Regex::new(&format!("^(?:{text})$")).map_err(|error| match error {
+    // Alone first, or `a)|(?:b` would be two expressions that are anchored at one end each.
+    let alone = Regex::new(text);
+    // With `(?x)` a comment at its end must not swallow what closes it.
+    let anchored = alone.and_then(|_| {
+        Regex::new(&format!("^(?:{text})$")).or_else(|_| Regex::new(&format!("^(?:{text}\n)$")))
+    });
+    anchored.map_err(|error| match error {
         regex::Error::Syntax(report) => {
             let last = report.lines().last().unwrap_or_default();
             format!(

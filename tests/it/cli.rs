@@ -4,9 +4,10 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Child, ChildStderr, Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::Receiver;
 
-use crate::support::{Raw, Upstream, eventually, get, shop, single, with_head};
+use crate::support::{PATIENCE, Raw, Upstream, eventually, get, shop, single, with_head};
 
 fn serin(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_serin"));
@@ -34,7 +35,9 @@ fn output(arguments: &[&str]) -> (Option<i32>, String, String) {
 /// A `serin run` of our own, ended with the test.
 struct Running {
     child: Child,
-    log: BufReader<ChildStderr>,
+    log: Receiver<String>,
+    /// Lines that nobody has waited for yet: those of two threads come in any order.
+    seen: Vec<String>,
 }
 
 impl Running {
@@ -44,21 +47,27 @@ impl Running {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let log = BufReader::new(child.stderr.take().unwrap());
-        Self { child, log }
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let (sender, log) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in stderr.lines() {
+                // The test may have ended.
+                let _ = sender.send(line.unwrap());
+            }
+        });
+        let seen = Vec::new();
+        Self { child, log, seen }
     }
 
-    /// Reads the log until a line holds `text`, and returns that line.
+    /// Reads the log until a line holds `text`, and takes that line out.
     fn wait_for(&mut self, text: &str) -> String {
-        let mut seen = String::new();
         loop {
-            let start = seen.len();
-            assert!(
-                self.log.read_line(&mut seen).unwrap() > 0,
-                "the log ended before {text:?}: {seen}"
-            );
-            if seen[start..].contains(text) {
-                return seen[start..].to_owned();
+            if let Some(found) = self.seen.iter().position(|line| line.contains(text)) {
+                return self.seen.remove(found);
+            }
+            match self.log.recv_timeout(PATIENCE) {
+                Ok(line) => self.seen.push(line),
+                Err(error) => panic!("{error} before {text:?}: {:#?}", self.seen),
             }
         }
     }
@@ -289,23 +298,19 @@ fn a_demo_with_a_file_writes_it_and_uses_it_again() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("demo.yaml");
     let path = file.to_str().unwrap();
-    for _ in 0..2 {
-        let demo = [
-            "demo",
-            "--listen",
-            "127.0.0.1:0",
-            "--admin",
-            "127.0.0.1:0",
-            "--duration",
-            "1s",
-            "--config",
-            path,
-        ];
-        let (code, out, err) = output(&demo);
+    let demo = ["demo", "--duration", "1s", "--config", path];
+    let where_to_listen = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"];
+    for more in [&where_to_listen[..], &[]] {
+        let (code, out, err) = output(&[&demo[..], more].concat());
         assert_eq!(code, Some(0), "{err}");
         assert!(out.contains("shop-stable"), "{out}");
         assert_eq!(output(&["check", path]).0, Some(0));
     }
+    let (code, _, err) = output(&[&demo[..], &where_to_listen].concat());
+    assert!(
+        code == Some(1) && err.contains("says where to listen"),
+        "{err}"
+    );
 }
 
 #[test]

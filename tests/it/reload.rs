@@ -345,9 +345,10 @@ async fn listeners_open_and_close_with_the_file() {
     })
     .await;
     proxy.replace(&listeners(&["web"])).await;
-    while tokio::net::TcpStream::connect(extra).await.is_ok() {
-        tokio::task::yield_now().await;
-    }
+    eventually("it accepts no more", || {
+        std::net::TcpStream::connect(extra).is_err()
+    })
+    .await;
     upstream.release();
     assert_eq!(waiting.await.unwrap().status, StatusCode::OK);
     assert_eq!(kept.get("/", &[]).await.text(), "one");

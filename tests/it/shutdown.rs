@@ -18,9 +18,10 @@ async fn requests_in_flight_finish_and_idle_connections_close() {
 
     let drain = tokio::spawn(proxy.shut_down());
     assert_eq!(idle.read_to_end().await, "");
-    while tokio::net::TcpStream::connect(address).await.is_ok() {
-        tokio::task::yield_now().await;
-    }
+    eventually("it accepts no more", || {
+        std::net::TcpStream::connect(address).is_err()
+    })
+    .await;
     upstream.release();
     let reply = busy.read_to_end().await;
     assert!(

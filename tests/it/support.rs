@@ -17,7 +17,7 @@ pub(crate) use client::{Client, Raw, Reply, get};
 pub(crate) use upstream::Upstream;
 
 /// How long a fact may take before the test is said to have failed; reached only by failures.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A running proxy with its configuration in a directory of its own.
 pub(crate) struct Proxy {

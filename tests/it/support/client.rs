@@ -9,6 +9,9 @@ use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::PATIENCE;
 
 /// A response, read to its end.
 #[derive(Debug)]
@@ -79,12 +82,11 @@ impl Client {
             request = request.header(*name, *value);
         }
         self.sender.ready().await?;
-        let response = self
-            .sender
-            .send_request(request.body(Full::new(body.into())).unwrap())
-            .await?;
-        let (head, body) = response.into_parts();
-        let body = body.collect().await?.to_bytes();
+        let request = request.body(Full::new(body.into())).unwrap();
+        let response = timeout(PATIENCE, self.sender.send_request(request));
+        let (head, body) = response.await.expect("a response")?.into_parts();
+        let body = timeout(PATIENCE, body.collect()).await;
+        let body = body.expect("the whole body")?.to_bytes();
         Ok(Reply {
             status: head.status,
             headers: head.headers,
@@ -116,7 +118,8 @@ impl Raw {
                 return String::from_utf8(found).unwrap();
             }
             let mut chunk = [0; 4096];
-            let count = self.stream.read(&mut chunk).await.unwrap();
+            let read = self.stream.read(&mut chunk);
+            let count = timeout(PATIENCE, read).await.expect(end).unwrap();
             assert!(
                 count > 0,
                 "closed before {end:?}: {:?}",
@@ -129,8 +132,12 @@ impl Raw {
     /// Reads to the end of the connection; a reset is an end as well.
     pub(crate) async fn read_to_end(&mut self) -> String {
         let mut chunk = [0; 4096];
-        while let Ok(count @ 1..) = self.stream.read(&mut chunk).await {
-            self.read.extend_from_slice(&chunk[..count]);
+        loop {
+            let read = timeout(PATIENCE, self.stream.read(&mut chunk)).await;
+            match read.expect("the end of the connection") {
+                Ok(count @ 1..) => self.read.extend_from_slice(&chunk[..count]),
+                Ok(0) | Err(_) => break,
+            }
         }
         String::from_utf8_lossy(&std::mem::take(&mut self.read)).into_owned()
     }
