@@ -244,6 +244,10 @@ async fn requests_that_make_no_sense_are_400() {
         "GET http://a/ HTTP/1.1\r\nhost: b\r\n\r\n",
         "GET http://user@a/ HTTP/1.1\r\nhost: user@a\r\n\r\n",
         "GET http://a/ HTTP/1.1\r\n\r\n",
+        "GET a HTTP/1.1\r\nhost: a\r\n\r\n",
+        "GET * HTTP/1.1\r\nhost: a\r\n\r\n",
+        "GET / HTTP/1.1\r\nhost: a:http\r\n\r\n",
+        "GET / HTTP/1.1\r\nhost: a:99999\r\n\r\n",
         "GET / HTTP/1.1\r\nhost: a\r\nx-user-id: 1\r\nx-user-id: 2\r\n\r\n",
         "GET / HTTP/1.1\r\nhost: a\r\nx-canary: 1\r\nX-Canary: 2\r\n\r\n",
     ] {
@@ -253,6 +257,32 @@ async fn requests_that_make_no_sense_are_400() {
         assert_eq!(status, "HTTP/1.1 400 Bad Request\r\n", "{request:?}");
     }
     assert_eq!(upstream.requests(), 0);
+}
+
+#[tokio::test]
+async fn transfer_codings_but_chunked_are_refused_both_ways() {
+    let upstream = Upstream::start("one").await;
+    let proxy = Proxy::start(&single(upstream.address, ""));
+    let mut raw = Raw::connect(proxy.address()).await;
+    raw.send("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n")
+        .await;
+    let status = raw.read_until("\r\n").await;
+    assert_eq!(status, "HTTP/1.1 501 Not Implemented\r\n");
+    assert_eq!(upstream.requests(), 0);
+    let answer = b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n";
+    let proxy = Proxy::start(&single(scripted(answer).await, ""));
+    let reply = get(proxy.address(), "/", &[]).await;
+    assert_reply(&reply, 502, "http_response_transfer_coding");
+}
+
+#[tokio::test]
+async fn options_for_the_whole_server_are_routed() {
+    let upstream = Upstream::start("one").await;
+    let proxy = Proxy::start(&single(upstream.address, ""));
+    let mut raw = Raw::connect(proxy.address()).await;
+    raw.send("OPTIONS * HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    assert_eq!(raw.read_until("\r\n").await, "HTTP/1.1 200 OK\r\n");
+    raw.read_until("one").await;
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 
 use crate::support::upstream::read_head;
+use crate::support::upstream::scripted;
 use crate::support::{Client, Proxy, Raw, Upstream, eventually, get, single};
 
 #[tokio::test]
@@ -123,18 +124,17 @@ async fn http_1_0_clients_are_served_and_the_connection_closes() {
     let upstream = Upstream::start("one").await;
     let proxy = Proxy::start(&single(upstream.address, ""));
     let mut raw = Raw::connect(proxy.address()).await;
-    raw.send("GET / HTTP/1.0\r\n\r\n").await;
+    raw.send("GET /head HTTP/1.0\r\n\r\n").await;
     let reply = raw.read_to_end().await;
-    assert!(
-        reply.starts_with("HTTP/1.0 200 OK\r\n") && reply.ends_with("one"),
-        "{reply}"
-    );
+    assert!(reply.starts_with("HTTP/1.0 200 OK\r\n"), "{reply}");
+    // HTTP/1.1 wants a host, and there is no better one.
+    let host = format!("host: {}", upstream.address);
+    assert!(reply.lines().any(|line| line == host), "{reply}");
 }
 
 #[tokio::test]
 async fn an_http_1_0_upstream_does_not_take_keep_alive_from_the_client() {
-    let upstream =
-        crate::support::upstream::scripted(b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+    let upstream = scripted(b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
     let proxy = Proxy::start(&single(upstream, ""));
     let mut raw = Raw::connect(proxy.address()).await;
     for _ in 0..3 {
@@ -237,7 +237,59 @@ async fn every_request_is_counted_once_under_its_route_backend_and_status() {
         proxy.metric("serin_routing_decisions_total", &[("reason", "baseline")]),
         5.0
     );
-    assert_eq!(proxy.metric("serin_requests_in_flight", &[]), 0.0);
+    eventually("nothing is in flight", || {
+        proxy.metric("serin_requests_in_flight", &[]) == 0.0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_in_its_own_body_counts_as_499_and_blames_no_version() {
+    let upstream = Upstream::start("one").await;
+    let proxy = Proxy::start(&single(upstream.address, ""));
+    for (head, path) in [
+        ("content-length: 100", "/sink"),
+        ("transfer-encoding: chunked", "/sink"),
+        // The response has begun by then.
+        ("transfer-encoding: chunked", "/echo"),
+    ] {
+        let mut raw = Raw::connect(proxy.address()).await;
+        let part = "5\r\nhello\r\n";
+        raw.send(&format!(
+            "POST {path} HTTP/1.1\r\nhost: a\r\n{head}\r\n\r\n{part}"
+        ))
+        .await;
+        if path == "/echo" {
+            raw.read_until("hello").await;
+        } else {
+            let in_flight = || proxy.metric("serin_requests_in_flight", &[("backend", "only")]);
+            eventually("the request is on its way", || in_flight() == 1.0).await;
+        }
+        drop(raw);
+        eventually("nothing is in flight", || {
+            proxy.metric("serin_requests_in_flight", &[]) == 0.0
+        })
+        .await;
+    }
+    let count = |code| proxy.metric("serin_requests_total", &[("code", code)]);
+    assert_eq!((count("499"), count("400"), count("200")), (2.0, 0.0, 1.0));
+    assert_eq!(proxy.metric("serin_upstream_errors_total", &[]), 0.0);
+}
+
+#[tokio::test]
+async fn a_client_that_stalls_after_an_early_answer_holds_on_to_nothing() {
+    let upstream = scripted(b"HTTP/1.1 404 Not Found\r\ncontent-length: 2\r\n\r\nno").await;
+    let proxy = Proxy::start(&single(upstream, ""));
+    let mut raw = Raw::connect(proxy.address()).await;
+    raw.send("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\nhello")
+        .await;
+    raw.read_until("\r\n\r\nno").await;
+    raw.read_to_end().await;
+    eventually("both connections are closed", || {
+        proxy.metric("serin_upstream_connections", &[]) == 0.0
+            && proxy.metric("serin_connections_active", &[]) == 0.0
+    })
+    .await;
 }
 
 #[tokio::test]

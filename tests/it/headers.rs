@@ -56,6 +56,7 @@ async fn forwarding_headers_of_trusted_proxies_are_carried_on() {
         &[
             ("x-forwarded-for", "9.9.9.9, 127.0.0.7"),
             ("x-forwarded-proto", "https"),
+            ("connection", "x-forwarded-for, x-forwarded-proto"),
         ],
     )
     .await;
@@ -129,6 +130,28 @@ async fn nobody_can_nominate_away_who_he_is() {
 }
 
 #[tokio::test]
+async fn trailers_are_passed_on_unless_they_claim_what_only_a_head_may() {
+    let upstream = Upstream::start("one").await;
+    let gray = "    gray: { identity: [ { header: x-user-id } ] }\n";
+    let proxy = Proxy::start(&single(upstream.address, gray));
+    for (name, passed) in [
+        ("x-sum", true),
+        ("X-User-Id", false),
+        ("x_user_id", false),
+        ("x-forwarded-for", false),
+    ] {
+        let mut head = Raw::connect(proxy.address()).await;
+        head.send(&format!(
+            "POST /head HTTP/1.1\r\nhost: a\r\ntrailer: {name}\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n\
+             0\r\n{name}: forged\r\n\r\n"
+        ))
+        .await;
+        let seen = head.read_to_end().await;
+        assert_eq!(seen.contains("trailer: "), passed, "{name}: {seen}");
+    }
+}
+
+#[tokio::test]
 async fn names_with_underscores_are_dropped() {
     let upstream = Upstream::start("one").await;
     let proxy = Proxy::start(&single(upstream.address, ""));
@@ -166,7 +189,7 @@ async fn backends_edit_headers_both_ways() {
   - name: only
     endpoints: ['{}']
     requestHeaders: {{ set: {{ env: gray }}, add: {{ x-lane: b }}, remove: [x-debug] }}
-    responseHeaders: {{ set: {{ x-served-by: serin }}, remove: [date] }}
+    responseHeaders: {{ set: {{ x-served-by: serin }}, remove: [x-inside] }}
 routes:
   - {{ name: all, backendRefs: [ {{ name: only }} ] }}
 ",

@@ -355,6 +355,37 @@ async fn listeners_open_and_close_with_the_file() {
 }
 
 #[tokio::test]
+async fn connections_of_a_listener_that_is_gone_keep_what_it_trusted() {
+    let upstream = Upstream::start("one").await;
+    let rest = single(upstream.address, "");
+    let extra = "{ name: extra, address: '127.0.0.1:0', trustedProxies: ['127.0.0.0/8'] }";
+    let web = "{ name: web, address: '127.0.0.1:0' }";
+    let proxy = Proxy::start(&format!("listeners: [ {web}, {extra} ]\n{rest}"));
+    let mut kept = Client::connect(proxy.app().listener("extra").unwrap()).await;
+    let forwarded = [("x-forwarded-for", "9.9.9.9")];
+    kept.get("/", &[]).await;
+    proxy
+        .replace(&format!("listeners: [ {web} ]\n{rest}"))
+        .await;
+    let reply = kept.get("/head", &forwarded).await;
+    assert!(
+        reply.text().contains("x-forwarded-for: 9.9.9.9, 127.0.0.1"),
+        "{}",
+        reply.text()
+    );
+    assert_eq!(reply.header("connection"), Some("close"));
+    drop(kept);
+    // With its last connection it is forgotten.
+    eventually("it has no connections", || {
+        proxy.metric("serin_connections_active", &[("listener", "extra")]) == 0.0
+    })
+    .await;
+    proxy.write(&format!("listeners: [ {web} ]\n{rest}# changed\n"));
+    eventually("the change is in force", || proxy.revision() == 3).await;
+    assert!(proxy.app().live().load().draining_listeners.is_empty());
+}
+
+#[tokio::test]
 async fn a_listener_takes_a_new_name_and_a_new_timeout_and_keeps_its_connections() {
     let upstream = Upstream::start("one").await;
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

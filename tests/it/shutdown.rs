@@ -46,6 +46,56 @@ async fn a_request_that_does_not_finish_is_cut_off_at_the_limit() {
     assert_eq!(busy.read_to_end().await, "");
 }
 
+/// Clients in steady use, each on one connection: whatever is sent on a connection that stands must
+/// be answered.
+#[tokio::test]
+async fn no_request_on_a_busy_connection_is_lost_when_its_listener_goes_or_the_process_ends() {
+    let upstream = Upstream::start("one").await;
+    let rest = single(upstream.address, "");
+    let listener = |name: &str| format!("{{ name: {name}, address: '127.0.0.1:0' }}");
+    let both = format!(
+        "listeners: [ {}, {} ]\n{rest}",
+        listener("web"),
+        listener("gone")
+    );
+    let proxy = Proxy::start(&both);
+    let visit = |address| async move {
+        let mut raw = Raw::connect(address).await;
+        for served in 0.. {
+            raw.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+            let reply = raw.read_until("\r\n\r\none").await;
+            if reply.contains("connection: close") {
+                return served;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(3)).await;
+        }
+        0
+    };
+    for name in ["gone", "web"] {
+        let address = proxy.app().listener(name).unwrap();
+        let before = upstream.requests();
+        let visitors: Vec<_> = (0..20).map(|_| tokio::spawn(visit(address))).collect();
+        eventually("all visitors are busy", || {
+            upstream.requests() > before + 200
+        })
+        .await;
+        if name == "gone" {
+            let left = format!("listeners: [ {} ]\n{rest}", listener("web"));
+            proxy.replace(&left).await;
+            for visitor in visitors {
+                assert!(visitor.await.unwrap() > 0);
+            }
+        } else {
+            let drain = tokio::spawn(proxy.shut_down());
+            for visitor in visitors {
+                assert!(visitor.await.unwrap() > 0);
+            }
+            assert_eq!(drain.await.unwrap(), Drained::Clean);
+            return;
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_connection_in_the_queue_is_still_served() {
     let upstream = Upstream::start("one").await;

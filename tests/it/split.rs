@@ -223,6 +223,30 @@ async fn strangers_get_a_cookie_and_keep_their_version() {
 }
 
 #[tokio::test]
+async fn an_id_is_issued_beside_what_the_service_says_about_caches() {
+    for (said, sent) in [
+        ("no-store, max-age=0", vec!["no-store, max-age=0"]),
+        ("private, max-age=9", vec!["private, max-age=9"]),
+        ("max-age=9", vec!["max-age=9", "private"]),
+    ] {
+        let answer =
+            format!("HTTP/1.1 200 OK\r\ncache-control: {said}\r\ncontent-length: 0\r\n\r\n");
+        let upstream = crate::support::upstream::scripted(answer.leak().as_bytes()).await;
+        let rest = format!("    gray:\n{IDENTITY}      withoutIdentity: cookie\n");
+        let proxy = Proxy::start(&shop(upstream, upstream, (50, 50), &rest));
+        let reply = get(proxy.address(), "/", &[]).await;
+        assert!(reply.header("set-cookie").is_some());
+        let lines: Vec<&str> = reply
+            .headers
+            .get_all("cache-control")
+            .iter()
+            .map(|line| line.to_str().unwrap())
+            .collect();
+        assert_eq!(lines, sent);
+    }
+}
+
+#[tokio::test]
 async fn only_trusted_proxies_say_who_the_user_is_where_the_route_says_so() {
     let (stable, canary) = pair().await;
     let rest = "    gray:
