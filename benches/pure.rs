@@ -75,7 +75,7 @@ fn route_and_decide(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("route_and_decide");
     let headers = headers();
     for routes in [10, 1_000, 10_000] {
-        let metrics = Metrics::new(&[]);
+        let metrics = Metrics::new(&[], 1);
         let snapshot = compile(
             &config(routes),
             &[],
@@ -163,7 +163,7 @@ fn snapshot_compile(criterion: &mut Criterion) {
     group.sample_size(20);
     for routes in [10, 1_000, 10_000] {
         let config = config(routes);
-        let metrics = Metrics::new(&[]);
+        let metrics = Metrics::new(&[], 1);
         let mut endpoints = Endpoints::default();
         // As at a reload: endpoints and metric handles are there already.
         let _living = compile(&config, &[], Revision(1), &mut endpoints, &metrics);

@@ -1,7 +1,7 @@
 //! The composition root: from a checked configuration to running threads, and back.
 //!
 //! ```text
-//! serin-control   control (single writer), admin, metrics upkeep
+//! serin-control   control (single writer), admin
 //! serin-reload    follows the files
 //! serin-accept    all listeners
 //! serin-work-N    the requests of its connections
@@ -27,9 +27,6 @@ use crate::server::worker::WorkerHandle;
 use crate::server::{self, Phase};
 use crate::snapshot::{Live, Revision};
 use crate::telemetry::metrics::Metrics;
-
-/// How often histograms give up their raw samples.
-const UPKEEP_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How often a drain looks whether it is over.
 const DRAIN_TICK: Duration = Duration::from_millis(10);
@@ -85,7 +82,8 @@ impl App {
         let failed = |what: &str, error: io::Error| {
             Problems::whole_file(&file, format!("cannot start {what}: {error}"))
         };
-        let metrics = Arc::new(Metrics::new(&loaded.config.duration_buckets));
+        let count = worker_count(loaded.config.workers);
+        let metrics = Arc::new(Metrics::new(&loaded.config.duration_buckets, count));
         let admin_socket = bind_admin(&loaded)?;
         let admin = admin_socket
             .local_addr()
@@ -96,7 +94,6 @@ impl App {
         };
         let (changes, change_receiver) = mpsc::channel(16);
         let (reload, reload_requests) = mpsc::channel(16);
-        let count = worker_count(loaded.config.workers);
         let reloader = match follow {
             Follow::Files { poll } => Some(Reloader::new(
                 &loaded,
@@ -132,7 +129,6 @@ impl App {
             changes: (changes, change_receiver),
             acceptor,
             admin: (admin_job, admin_socket),
-            metrics: Arc::clone(&metrics),
             phase: phase.subscribe(),
             stopped,
         };
@@ -266,7 +262,6 @@ struct ControlJobs {
     changes: (mpsc::Sender<Change>, mpsc::Receiver<Change>),
     acceptor: Acceptor,
     admin: (Admin, TcpListener),
-    metrics: Arc<Metrics>,
     phase: watch::Receiver<Phase>,
     stopped: oneshot::Receiver<()>,
 }
@@ -274,14 +269,6 @@ struct ControlJobs {
 impl ControlJobs {
     async fn run(mut self) {
         let (admin, socket) = self.admin;
-        let metrics = self.metrics;
-        tokio::task::spawn_local(async move {
-            let mut upkeep = tokio::time::interval(UPKEEP_INTERVAL);
-            loop {
-                upkeep.tick().await;
-                metrics.run_upkeep();
-            }
-        });
         tokio::task::spawn_local(admin.run(socket));
         let (_sender, changes) = self.changes;
         tokio::select! {

@@ -457,7 +457,7 @@ fn snapshot(
 
 /// The snapshot that a configuration would give, for those who only want to ask it.
 pub fn offline_snapshot(loaded: &Loaded) -> Snapshot {
-    let metrics = Metrics::new(&loaded.config.duration_buckets);
+    let metrics = Metrics::new(&loaded.config.duration_buckets, 1);
     compile(
         &loaded.config,
         &lists_in_order(loaded),

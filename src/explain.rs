@@ -10,8 +10,8 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Serialize;
 
 use crate::proxy::error::ProxyError;
-use crate::proxy::headers::refuse_ambiguous;
-use crate::proxy::origin::{Origin, host};
+use crate::proxy::headers::{Survey, refuse_ambiguous};
+use crate::proxy::origin::{head, host};
 use crate::routing::identity::IdentitySource;
 use crate::routing::split::Ratio;
 use crate::routing::{BASELINE, Reason, Target};
@@ -21,7 +21,8 @@ use crate::snapshot::{Route, RouteTarget, Snapshot};
 #[derive(Clone, Debug)]
 pub struct Question {
     parts: Parts,
-    origin: Origin,
+    client: IpAddr,
+    trusted: bool,
 }
 
 /// What would become of a request.
@@ -114,14 +115,10 @@ impl Question {
         parts.uri = uri;
         parts.method = Method::from_bytes(method.as_bytes())
             .map_err(|_| format!("`{method}` is not a method"))?;
-        let client = client.to_canonical();
         let mut question = Self {
             parts,
-            origin: Origin {
-                peer: client,
-                client,
-                trusted,
-            },
+            client: client.to_canonical(),
+            trusted,
         };
         question.add_header(HOST.as_str(), host)?;
         for (name, value) in headers {
@@ -136,9 +133,10 @@ impl Question {
     ///
     /// When no route takes it, or its route looks for no id where one could be put.
     pub fn set_user(&mut self, snapshot: &Snapshot, user: &str) -> Result<(), String> {
-        let host = host(&self.parts).map_err(|error| error.words().to_owned())?;
+        let host = host(&self.parts, Survey::of(&self.parts.headers))
+            .map_err(|error| error.words().to_owned())?;
         let route = snapshot
-            .find(&self.origin.head(&self.parts, &host))
+            .find(&head(&self.parts, &host, self.client))
             .ok_or("no route takes this request")?;
         let source = route.gray.identity.iter().find(|source| {
             matches!(
@@ -188,11 +186,13 @@ pub fn explain(
     dice: &mut dyn FnMut() -> u64,
 ) -> Explanation {
     let revision = snapshot.revision.0;
-    let host = match host(&question.parts) {
+    let headers = &question.parts.headers;
+    let survey = Survey::of(headers);
+    let host = match host(&question.parts, survey) {
         Ok(host) => host,
         Err(error) => return Explanation::refused(None, &error, revision),
     };
-    let head = question.origin.head(&question.parts, &host);
+    let head = head(&question.parts, &host, question.client);
     let Some(route) = snapshot.find(&head) else {
         return Explanation {
             route: None,
@@ -203,10 +203,10 @@ pub fn explain(
             revision,
         };
     };
-    if let Err(error) = refuse_ambiguous(&question.parts.headers, &route.guarded_headers) {
+    if let Err(error) = refuse_ambiguous(headers, survey, &route.guarded_headers) {
         return Explanation::refused(Some(route), &error, revision);
     }
-    let decided = route.gray.decide(&head, question.origin.trusted, dice);
+    let decided = route.gray.decide(&head, question.trusted, dice);
     let wanted = decided.target;
     let decision = route.fail_over(decided);
     let identity = decision

@@ -9,16 +9,19 @@ pub mod error;
 pub mod exchange;
 pub mod headers;
 pub mod origin;
+pub mod timeouts;
 
 use std::cell::RefCell;
+use std::future::poll_fn;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use http::{HeaderValue, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use crate::backend::Lease;
 use crate::routing::Decision;
@@ -29,7 +32,9 @@ use crate::upstream::{Loan, Pools, SendError};
 use body::{Held, Progress, ReplyBody, RequestBody, UpstreamBody};
 use error::ProxyError;
 use exchange::Exchange;
+use headers::Survey;
 use origin::{Origin, Peer};
+use timeouts::{Timeout, Timeouts};
 
 /// Serves the requests of one worker.
 #[derive(Debug)]
@@ -37,6 +42,9 @@ pub struct Proxy {
     live: Reader,
     pools: Rc<Pools<RequestBody>>,
     metrics: Arc<Metrics>,
+    timeouts: Rc<Timeouts>,
+    /// The position of its worker among all.
+    worker: usize,
     dice: RefCell<fastrand::Rng>,
 }
 
@@ -46,7 +54,17 @@ struct Answer {
     lease: Lease,
     loan: Loan<RequestBody>,
     request_body: Progress,
+    deadline: Option<Timeout>,
+}
+
+/// How long an exchange may take.
+struct Limits {
+    /// From the last sign of life of the request's body, so that a long upload is not cut off, to
+    /// the head of the response.
+    silence: Option<Duration>,
+    /// The end of the exchange, whatever happens.
     deadline: Option<Instant>,
+    timeout: Timeout,
 }
 
 /// What the client is told of a decision, free of what it was decided from.
@@ -61,11 +79,19 @@ struct Verdict {
 
 impl Proxy {
     /// A proxy for the thread that calls.
-    pub fn new(live: Reader, pools: Rc<Pools<RequestBody>>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        live: Reader,
+        pools: Rc<Pools<RequestBody>>,
+        metrics: Arc<Metrics>,
+        timeouts: Rc<Timeouts>,
+        worker: usize,
+    ) -> Self {
         Self {
             live,
             pools,
             metrics,
+            timeouts,
+            worker,
             dice: RefCell::new(fastrand::Rng::new()),
         }
     }
@@ -83,7 +109,7 @@ impl Proxy {
         request: Request<Incoming>,
     ) -> impl Future<Output = Response<ReplyBody>> + 'p {
         let snapshot = self.live.current();
-        let mut exchange = Exchange::begin(&self.metrics, &snapshot, &request);
+        let mut exchange = Exchange::begin(&self.metrics, self.worker, &snapshot, &request);
         async move {
             match self.forward(&snapshot, peer, &mut exchange, request).await {
                 Ok(answer) => answer.into_response(exchange),
@@ -101,12 +127,14 @@ impl Proxy {
     ) -> Result<Answer, ProxyError> {
         let (mut parts, body) = request.into_parts();
         let origin = Origin::new(snapshot, peer, &parts.headers);
-        let host = origin::host(&parts)?;
-        let head = origin.head(&parts, &host);
+        let survey = Survey::of(&parts.headers);
+        let host = origin::host(&parts, survey)?;
+        let head = origin::head(&parts, &host, origin.client);
 
         let route = snapshot.find(&head).ok_or(ProxyError::NoRoute)?;
-        headers::refuse_transfer_coding(&parts.headers, || ProxyError::TransferCoding)?;
-        headers::refuse_ambiguous(&parts.headers, &route.guarded_headers)?;
+        let refusal = || ProxyError::TransferCoding;
+        headers::refuse_transfer_coding(&parts.headers, survey, refusal)?;
+        headers::refuse_ambiguous(&parts.headers, survey, &route.guarded_headers)?;
         let decision = route.decide(&head, origin.trusted, &mut || self.roll());
         let target = &route.targets[decision.target];
         exchange.decided(target, decision.reason);
@@ -118,30 +146,36 @@ impl Proxy {
 
         let endpoint = lease.endpoint();
         let backend = &target.backend;
-        headers::prepare_request(&mut parts, &body, route, backend, endpoint.address, &origin);
-        let (body, progress) = RequestBody::new(body);
+        let address = endpoint.address;
+        headers::prepare_request(&mut parts, survey, &body, route, backend, address, &origin);
+        let (body, progress) = RequestBody::new(body, exchange.decided_at());
         let request = Request::from_parts(parts, body);
         let sending = self.pools.send(backend, endpoint, request);
-        let deadline = route
-            .request_timeout
-            .map(|limit| exchange.started() + limit);
-        let (mut response, loan) =
-            wait(sending, route.backend_timeout, deadline, &progress).await?;
+        let limits = Limits {
+            silence: route.backend_timeout,
+            deadline: route
+                .request_timeout
+                .map(|limit| exchange.started() + limit),
+            timeout: self.timeouts.timeout(),
+        };
+        let (mut response, loan) = limits.wait(sending, &progress).await?;
 
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             // Nobody asked: the upgrade fields were taken out of the request.
             return Err(ProxyError::UnaskedUpgrade);
         }
-        headers::refuse_transfer_coding(response.headers(), || ProxyError::UnknownCoding)?;
+        let survey = Survey::of(response.headers());
+        let refusal = || ProxyError::UnknownCoding;
+        headers::refuse_transfer_coding(response.headers(), survey, refusal)?;
         *response.version_mut() = Version::HTTP_11;
         exchange.answered(response.status());
-        headers::prepare_response(response.headers_mut(), route, target, &verdict);
+        headers::prepare_response(response.headers_mut(), survey, route, target, &verdict);
         Ok(Answer {
             response,
             lease,
             loan,
             request_body: progress,
-            deadline,
+            deadline: limits.into_deadline(),
         })
     }
 
@@ -171,7 +205,12 @@ impl Answer {
 // === impl Verdict ===
 
 impl Verdict {
-    fn new(decision: &Decision<'_>, route: &Route, origin: &Origin, snapshot: &Snapshot) -> Self {
+    fn new(
+        decision: &Decision<'_>,
+        route: &Route,
+        origin: &Origin<'_>,
+        snapshot: &Snapshot,
+    ) -> Self {
         let shown = route
             .debug_clients
             .iter()
@@ -187,36 +226,46 @@ impl Verdict {
     }
 }
 
-/// Waits for the head of a response, but not forever: `limit` counts from the last sign of life of
-/// the request's body, so that a long upload is not cut off, and `deadline` is the end of the
-/// exchange whatever happens.
-async fn wait<T>(
-    sending: impl Future<Output = Result<T, SendError>>,
-    limit: Option<Duration>,
-    deadline: Option<Instant>,
-    progress: &Progress,
-) -> Result<T, ProxyError> {
-    let mut sending = pin!(sending);
-    loop {
-        let silence_ends = limit.map(|limit| progress.last() + limit);
-        let Some(until) = silence_ends.into_iter().chain(deadline).min() else {
-            return sending
-                .await
-                .map_err(|error| ProxyError::from_send(error, progress));
-        };
-        match timeout_at(until, sending.as_mut()).await {
-            Ok(sent) => return sent.map_err(|error| ProxyError::from_send(error, progress)),
-            Err(_)
-                if deadline == Some(until)
-                    || limit.map(|limit| progress.last() + limit) == silence_ends =>
-            {
-                return Err(if progress.awaits_client() {
-                    ProxyError::RequestStalled
-                } else {
-                    ProxyError::Timeout
-                });
+// === impl Limits ===
+
+impl Limits {
+    /// Waits for the head of a response, but not for ever.
+    async fn wait<T>(
+        &self,
+        sending: impl Future<Output = Result<T, SendError>>,
+        progress: &Progress,
+    ) -> Result<T, ProxyError> {
+        let mut sending = pin!(sending);
+        self.timeout.set(self.next(progress));
+        poll_fn(|cx| {
+            loop {
+                if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
+                    return Poll::Ready(
+                        sent.map_err(|error| ProxyError::from_send(error, progress)),
+                    );
+                }
+                ready!(self.timeout.poll_passed(cx));
+                match self.next(progress) {
+                    // The body has moved meanwhile.
+                    Some(next) if next > Instant::now() => self.timeout.set(Some(next)),
+                    _ if progress.awaits_client() => {
+                        return Poll::Ready(Err(ProxyError::RequestStalled));
+                    }
+                    _ => return Poll::Ready(Err(ProxyError::Timeout)),
+                }
             }
-            Err(_) => {}
-        }
+        })
+        .await
+    }
+
+    fn next(&self, progress: &Progress) -> Option<Instant> {
+        let silence_ends = self.silence.map(|limit| progress.last() + limit);
+        silence_ends.into_iter().chain(self.deadline).min()
+    }
+
+    /// What is left of them once the head of the response is here.
+    fn into_deadline(self) -> Option<Timeout> {
+        self.timeout.set(self.deadline);
+        self.deadline.map(|_| self.timeout)
     }
 }

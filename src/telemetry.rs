@@ -1,3 +1,4 @@
 //! What operators see of the traffic.
 
+pub mod histogram;
 pub mod metrics;

@@ -11,12 +11,13 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
 use crate::backend::Lease;
 use crate::upstream::Loan;
 
 use super::exchange::Exchange;
+use super::timeouts::Timeout;
 
 /// The body of a request on its way to the upstream.
 #[derive(Debug)]
@@ -27,10 +28,16 @@ pub struct RequestBody {
 
 /// How far the body of a request has come; shared with whoever waits for the response.
 #[derive(Clone, Debug)]
-pub struct Progress(Rc<Cell<Stage>>);
+pub enum Progress {
+    /// There is no body; since then it is the upstream's turn.
+    NoBody(Instant),
+    /// There is one.
+    Body(Rc<Cell<Stage>>),
+}
 
+/// Where a body is.
 #[derive(Clone, Copy, Debug)]
-struct Stage {
+pub struct Stage {
     last: Instant,
     state: BodyState,
 }
@@ -63,7 +70,7 @@ pub struct UpstreamBody {
     incoming: Incoming,
     /// `None` once the body has ended.
     held: Option<Held>,
-    deadline: Option<Pin<Box<Sleep>>>,
+    deadline: Option<Timeout>,
 }
 
 /// What is held on to until the body of a response ends.
@@ -88,12 +95,16 @@ pub enum BodyError {
 // === impl RequestBody ===
 
 impl RequestBody {
-    /// Wraps a body, and tells how far it has come.
-    pub fn new(incoming: Incoming) -> (Self, Progress) {
-        let progress = Progress(Rc::new(Cell::new(Stage {
-            last: Instant::now(),
-            state: BodyState::Moving,
-        })));
+    /// Wraps a body that is sent on from `now`, and tells how far it has come.
+    pub fn new(incoming: Incoming, now: Instant) -> (Self, Progress) {
+        let progress = if incoming.is_end_stream() {
+            Progress::NoBody(now)
+        } else {
+            Progress::Body(Rc::new(Cell::new(Stage {
+                last: now,
+                state: BodyState::Moving,
+            })))
+        };
         (
             Self {
                 incoming,
@@ -151,36 +162,48 @@ impl BodyState {
 impl Progress {
     /// When the body last moved; at first, when the exchange with the upstream began.
     pub fn last(&self) -> Instant {
-        self.0.get().last
+        self.stage().last
     }
 
     /// True when the client went away before the end of the body.
     pub fn client_is_gone(&self) -> bool {
-        self.0.get().state == BodyState::Gone
+        self.stage().state == BodyState::Gone
     }
 
     /// True when the client sent something that is no body.
     pub fn is_malformed(&self) -> bool {
-        self.0.get().state == BodyState::Malformed
+        self.stage().state == BodyState::Malformed
     }
 
     /// True while the client keeps the upstream waiting, and not the other way round.
     pub fn awaits_client(&self) -> bool {
-        self.0.get().state == BodyState::AwaitingClient
+        self.stage().state == BodyState::AwaitingClient
+    }
+
+    fn stage(&self) -> Stage {
+        match self {
+            Self::NoBody(since) => Stage {
+                last: *since,
+                state: BodyState::Moving,
+            },
+            Self::Body(stage) => stage.get(),
+        }
     }
 
     fn moved(&self, state: BodyState) {
-        self.0.set(Stage {
-            last: Instant::now(),
-            state,
-        });
+        if let Self::Body(stage) = self {
+            let last = Instant::now();
+            stage.set(Stage { last, state });
+        }
     }
 
     fn await_client(&self) {
-        self.0.set(Stage {
-            state: BodyState::AwaitingClient,
-            ..self.0.get()
-        });
+        if let Self::Body(stage) = self {
+            stage.set(Stage {
+                state: BodyState::AwaitingClient,
+                ..stage.get()
+            });
+        }
     }
 }
 
@@ -246,10 +269,7 @@ impl Held {
 
 impl UpstreamBody {
     /// Wraps a body with what has to be held on to until it ends.
-    pub(super) fn new(incoming: Incoming, held: Held, deadline: Option<Instant>) -> Self {
-        let deadline = deadline
-            .filter(|_| !incoming.is_end_stream())
-            .map(|end| Box::pin(tokio::time::sleep_until(end)));
+    pub(super) fn new(incoming: Incoming, held: Held, deadline: Option<Timeout>) -> Self {
         Self {
             incoming,
             held: Some(held),
@@ -261,9 +281,8 @@ impl UpstreamBody {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let is_late = self.is_late(cx);
         let polled = Pin::new(&mut self.incoming).poll_frame(cx);
-        if is_late {
+        if self.is_late(&polled, cx) {
             // If there was something to send on, the client was the slow one.
             let error = polled.is_pending().then_some("http_response_timeout");
             self.fail(error);
@@ -279,10 +298,10 @@ impl UpstreamBody {
         Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Upstream)))
     }
 
-    fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
-        self.deadline
-            .as_mut()
-            .is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready())
+    fn is_late<T>(&self, polled: &Poll<T>, cx: &Context<'_>) -> bool {
+        self.deadline.as_ref().is_some_and(|deadline| {
+            deadline.has_passed() || polled.is_pending() && deadline.poll_passed(cx).is_ready()
+        })
     }
 
     /// The body is whole: the exchange is over, and the connection can serve another one.

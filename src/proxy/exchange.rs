@@ -16,6 +16,8 @@ use super::error::client_gone;
 #[derive(Debug)]
 pub struct Exchange {
     metrics: Arc<Metrics>,
+    /// Whose part of the histograms it goes to.
+    worker: usize,
     started: Instant,
     /// When a backend had been chosen.
     decided: Instant,
@@ -31,10 +33,16 @@ pub struct Exchange {
 
 impl Exchange {
     /// Begins with the head of a request; it belongs to no route yet.
-    pub fn begin<B>(metrics: &Arc<Metrics>, snapshot: &Snapshot, request: &Request<B>) -> Self {
+    pub fn begin<B>(
+        metrics: &Arc<Metrics>,
+        worker: usize,
+        snapshot: &Snapshot,
+        request: &Request<B>,
+    ) -> Self {
         let started = Instant::now();
         Self {
             metrics: Arc::clone(metrics),
+            worker,
             started,
             decided: started,
             method: MethodLabel::from(request.method()),
@@ -50,6 +58,11 @@ impl Exchange {
         self.started
     }
 
+    /// When it was decided which backend it goes to.
+    pub fn decided_at(&self) -> Instant {
+        self.decided
+    }
+
     /// From now on it counts for this target.
     pub fn decided(&mut self, target: &RouteTarget, reason: Reason) {
         self.target = Arc::clone(&target.metrics);
@@ -61,7 +74,7 @@ impl Exchange {
     /// The head of the upstream's response is here.
     pub fn answered(&mut self, status: StatusCode) {
         self.target
-            .count_response_head(&self.metrics, self.decided.elapsed());
+            .count_response_head(self.worker, self.decided.elapsed());
         self.status = Some(status);
     }
 
@@ -82,6 +95,7 @@ impl Drop for Exchange {
         let status = self.status.unwrap_or_else(client_gone);
         self.target.count_request(
             &self.metrics,
+            self.worker,
             self.method,
             status,
             self.protocol,

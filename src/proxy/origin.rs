@@ -13,36 +13,54 @@ use crate::routing::request::text;
 use crate::snapshot::Snapshot;
 
 use super::error::ProxyError;
+use super::headers::Survey;
 
 /// The header in which proxies pass the client's address on.
 pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
 /// The other end of a connection.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Peer {
     /// The address of the listener that it came through.
     pub listener: SocketAddr,
     /// Its own address.
     pub address: SocketAddr,
+    /// What is written of it into X-Forwarded-For; made once for all its requests.
+    pub forwarded: HeaderValue,
 }
 
 /// Where a request comes from.
 #[derive(Clone, Debug)]
-pub struct Origin {
-    /// The address at the other end of the connection.
-    pub peer: IpAddr,
+pub struct Origin<'p> {
+    /// The other end of the connection.
+    pub peer: &'p Peer,
     /// The client: the peer, or whom trusted proxies name.
     pub client: IpAddr,
     /// True when the peer is one of the listener's trusted proxies.
     pub trusted: bool,
 }
 
+// === impl Peer ===
+
+impl Peer {
+    /// The peer at `address`, whose connection came through the listener at `listener`.
+    pub fn new(listener: SocketAddr, address: SocketAddr) -> Self {
+        let shown = address.ip().to_canonical().to_string();
+        Self {
+            listener,
+            address,
+            forwarded: HeaderValue::from_str(&shown)
+                .unwrap_or_else(|_| HeaderValue::from_static("unknown")),
+        }
+    }
+}
+
 // === impl Origin ===
 
-impl Origin {
+impl<'p> Origin<'p> {
     /// Finds the client: from the right of X-Forwarded-For, the first address that is not a trusted
     /// proxy's, since what stands left of it anybody could have written.
-    pub fn new(snapshot: &Snapshot, peer: &Peer, headers: &HeaderMap) -> Self {
+    pub fn new(snapshot: &Snapshot, peer: &'p Peer, headers: &HeaderMap) -> Self {
         let address = peer.address.ip().to_canonical();
         let proxies = snapshot
             .listener(peer.listener)
@@ -51,7 +69,7 @@ impl Origin {
         let is_proxy = |address: &IpAddr| proxies.iter().any(|network| network.contains(address));
         if !is_proxy(&address) {
             return Self {
-                peer: address,
+                peer,
                 client: address,
                 trusted: false,
             };
@@ -67,26 +85,26 @@ impl Origin {
             }
         }
         Self {
-            peer: address,
+            peer,
             client,
             trusted: true,
         }
     }
+}
 
-    /// What routing reads of the request.
-    pub fn head<'a>(&self, parts: &'a Parts, host: &'a str) -> RequestHead<'a> {
-        RequestHead {
-            host,
-            // `OPTIONS *` is about the whole server.
-            path: match parts.uri.path() {
-                "*" => "/",
-                path => path,
-            },
-            query: parts.uri.query(),
-            method: &parts.method,
-            headers: &parts.headers,
-            client: self.client,
-        }
+/// What routing reads of a request by `client`.
+pub fn head<'a>(parts: &'a Parts, host: &'a str, client: IpAddr) -> RequestHead<'a> {
+    RequestHead {
+        host,
+        // `OPTIONS *` is about the whole server.
+        path: match parts.uri.path() {
+            "*" => "/",
+            path => path,
+        },
+        query: parts.uri.query(),
+        method: &parts.method,
+        headers: &parts.headers,
+        client,
     }
 }
 
@@ -96,7 +114,7 @@ impl Origin {
 ///
 /// [`ProxyError::BadRequest`] for a missing, repeated or malformed Host, and
 /// [`ProxyError::MethodNotAllowed`] for methods that are not for gateways.
-pub fn host(parts: &Parts) -> Result<Cow<'_, str>, ProxyError> {
+pub fn host(parts: &Parts, survey: Survey) -> Result<Cow<'_, str>, ProxyError> {
     if matches!(parts.method, Method::CONNECT | Method::TRACE) {
         return Err(ProxyError::MethodNotAllowed);
     }
@@ -104,9 +122,8 @@ pub fn host(parts: &Parts) -> Result<Cow<'_, str>, ProxyError> {
     if is_asterisk && parts.method != Method::OPTIONS || is_authority_form(&parts.uri) {
         return Err(ProxyError::BadRequest("malformed request target"));
     }
-    let mut fields = parts.headers.get_all(HOST).iter();
-    let (field, more) = (fields.next(), fields.next());
-    if more.is_some() {
+    let field = parts.headers.get(HOST);
+    if survey.has_repeated() && parts.headers.get_all(HOST).iter().count() > 1 {
         return Err(ProxyError::BadRequest("more than one Host header"));
     }
     let authority = match (parts.uri.authority(), field) {
@@ -137,6 +154,12 @@ fn host_field(field: &HeaderValue) -> Result<&str, ProxyError> {
 /// A host with or without a port; no userinfo, which RFC 9110 section 4.2.4 wants treated as an
 /// error.
 fn valid_authority(authority: &str) -> Result<&str, ProxyError> {
+    let (host, port) = authority.split_once(':').unwrap_or((authority, ""));
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'.' || byte == b'-';
+    if host.bytes().all(is_plain) && (port.is_empty() || port.parse::<u16>().is_ok()) {
+        // What nearly every host is; the library's parser copies it first.
+        return Ok(authority);
+    }
     let well_formed = authority.is_empty() || authority.parse::<Authority>().is_ok();
     if !well_formed || authority.contains(['@', ',', '?']) || !has_valid_port(authority) {
         return Err(ProxyError::BadRequest("malformed host"));

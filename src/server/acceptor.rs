@@ -144,10 +144,7 @@ impl Accepting {
         };
         worker.serve(Accepted {
             stream,
-            peer: Peer {
-                listener: self.bound,
-                address,
-            },
+            peer: Peer::new(self.bound, address),
             phase: self.phase.clone(),
             active: self.active.load().up(),
         });

@@ -21,6 +21,7 @@ use tracing::debug;
 
 use crate::proxy::Proxy;
 use crate::proxy::origin::Peer;
+use crate::proxy::timeouts::Timeouts;
 use crate::snapshot::{Live, Reader};
 use crate::telemetry::metrics::{Metrics, Up};
 use crate::upstream::Pools;
@@ -59,6 +60,7 @@ pub struct WorkerHandle {
 struct Serving(Arc<AtomicUsize>);
 
 struct Worker {
+    index: usize,
     inbox: mpsc::UnboundedReceiver<(Accepted, Serving)>,
     live: Arc<Live>,
     metrics: Arc<Metrics>,
@@ -83,6 +85,7 @@ impl WorkerHandle {
             .build()?;
         let run = move || {
             let worker = Worker {
+                index,
                 inbox,
                 live,
                 metrics,
@@ -132,12 +135,18 @@ impl Drop for Serving {
 impl Worker {
     async fn run(mut self) {
         let pools = Pools::new(Arc::clone(&self.metrics));
+        let timeouts = Timeouts::new();
+        tokio::task::spawn_local(Rc::clone(&timeouts).run());
         let mut published = self.live.subscribe();
-        let proxy = Rc::new(Proxy::new(
-            Reader::new(self.live),
+        let reader = Reader::new(self.live);
+        let proxy = Proxy::new(
+            reader,
             Rc::clone(&pools),
             self.metrics,
-        ));
+            timeouts,
+            self.index,
+        );
+        let proxy = Rc::new(proxy);
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
         loop {
             tokio::select! {

@@ -5,17 +5,20 @@
 //! status are looked up, in a short list. Label values come from the configuration and from closed
 //! sets, never from a client.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use http::{Method, StatusCode, Version};
-use metrics::{Counter, Gauge, Histogram, Key, Label, Metadata, Recorder, Unit};
+use metrics::{Counter, Gauge, Key, Label, Metadata, Recorder, Unit};
+use metrics_exporter_prometheus::formatting::{write_help_line, write_type_line};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
 use crate::routing::Reason;
+
+use super::histogram::{Buckets, LatencyHistogram};
 
 /// Upper bounds of the latency histograms in seconds: two below those of OpenTelemetry's
 /// `http.server.request.duration`.
@@ -32,13 +35,17 @@ pub struct Metrics {
     handle: PrometheusHandle,
     process: metrics_process::Collector,
     targets: Mutex<HashMap<TargetLabels, Arc<TargetMetrics>>>,
+    /// The latencies of every target there ever was: what was counted stays.
+    latencies: Mutex<BTreeMap<TargetLabels, Arc<Latencies>>>,
+    buckets: Buckets,
+    workers: usize,
     gauges: Mutex<HashMap<Key, Arc<Level>>>,
     /// Revision and hash of the configuration in force.
     config_info: Mutex<(u64, u64)>,
 }
 
 /// What a request is counted under.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TargetLabels {
     /// The route.
     pub route: Arc<str>,
@@ -54,10 +61,16 @@ pub struct TargetMetrics {
     requests: Family<(MethodLabel, StatusCode, Protocol)>,
     upstream_errors: Family<&'static str>,
     decisions: [OnceLock<Counter>; Reason::ALL.len()],
-    request_duration: OnceLock<Histogram>,
-    upstream_duration: OnceLock<Histogram>,
+    latencies: Arc<Latencies>,
     in_flight: Arc<Level>,
     labels: TargetLabels,
+}
+
+/// How long the requests of one target take.
+#[derive(Debug)]
+struct Latencies {
+    request: LatencyHistogram,
+    upstream: LatencyHistogram,
 }
 
 /// A level that goes up and down by one, read when somebody asks.
@@ -91,22 +104,27 @@ struct Definition {
 enum Kind {
     Counter,
     Gauge,
-    Histogram,
 }
 
-/// All metrics, one line each, in the order of the documentation.
+/// The histograms, with the help of each and the part of [`Latencies`] that it shows.
+const HISTOGRAMS: [(&str, &str, fn(&Latencies) -> &LatencyHistogram); 2] = [
+    (
+        "serin_request_duration_seconds",
+        "Time from the request head to the last byte of the response.",
+        |latencies| &latencies.request,
+    ),
+    (
+        "serin_upstream_duration_seconds",
+        "Time from choosing a backend to the head of its response.",
+        |latencies| &latencies.upstream,
+    ),
+];
+
+/// All other metrics, one line each, in the order of the documentation.
 const DEFINITIONS: &[Definition] = &[
     counter(
         "serin_requests_total",
         "Requests answered, by status code; 499 is a client that went away.",
-    ),
-    histogram(
-        "serin_request_duration_seconds",
-        "Time from the request head to the last byte of the response.",
-    ),
-    histogram(
-        "serin_upstream_duration_seconds",
-        "Time from choosing a backend to the head of its response.",
     ),
     gauge("serin_requests_in_flight", None, "Requests being served."),
     counter(
@@ -203,28 +221,18 @@ const fn gauge(name: &'static str, unit: Option<Unit>, help: &'static str) -> De
     }
 }
 
-const fn histogram(name: &'static str, help: &'static str) -> Definition {
-    Definition {
-        name,
-        kind: Kind::Histogram,
-        unit: Some(Unit::Seconds),
-        help,
-    }
-}
-
 // === impl Metrics ===
 
 impl Metrics {
-    /// An empty registry whose latency histograms have these upper bounds in seconds.
-    pub fn new(buckets: &[f64]) -> Self {
-        let recorder = PrometheusBuilder::new()
-            .set_buckets(if buckets.is_empty() {
-                &DEFAULT_BUCKETS
-            } else {
-                buckets
-            })
-            .expect("the list of buckets is not empty")
-            .build_recorder();
+    /// An empty registry for so many workers, whose latency histograms have these upper bounds in
+    /// seconds.
+    pub fn new(buckets: &[f64], workers: usize) -> Self {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let buckets = if buckets.is_empty() {
+            &DEFAULT_BUCKETS
+        } else {
+            buckets
+        };
         for definition in DEFINITIONS {
             definition.describe(&recorder);
         }
@@ -235,6 +243,9 @@ impl Metrics {
             recorder,
             process,
             targets: Mutex::default(),
+            latencies: Mutex::default(),
+            buckets: Buckets::new(buckets),
+            workers,
             gauges: Mutex::default(),
             config_info: Mutex::default(),
         };
@@ -249,41 +260,43 @@ impl Metrics {
 
     /// All metrics in the text format of Prometheus.
     pub fn render(&self) -> String {
-        for (key, level) in self.lock_gauges().iter() {
+        for (key, level) in lock(&self.gauges).iter() {
             self.recorder
                 .register_gauge(key, &METADATA)
                 .set(level.get() as f64);
         }
         metrics::with_local_recorder(&self.recorder, || self.process.collect());
-        self.handle.render() + &self.render_config_info()
+        self.handle.render() + &self.render_latencies() + &self.render_config_info()
+    }
+
+    fn render_latencies(&self) -> String {
+        let latencies = lock(&self.latencies);
+        let mut text = String::new();
+        for (name, help, part) in HISTOGRAMS {
+            write_help_line(&mut text, name, None, None, help);
+            write_type_line(&mut text, name, None, None, "histogram");
+            for (labels, latencies) in latencies.iter() {
+                part(latencies).render(&mut text, name, &labels.pairs());
+            }
+            text.push('\n');
+        }
+        text
     }
 
     /// Notes which configuration is in force.
     pub fn set_config_info(&self, revision: u64, hash: u64) {
-        *self
-            .config_info
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = (revision, hash);
+        *lock(&self.config_info) = (revision, hash);
     }
 
     /// The registry never forgets a series, and every revision would leave one behind; so this one
     /// is written by hand.
     fn render_config_info(&self) -> String {
-        let (revision, hash) = *self
-            .config_info
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let (revision, hash) = *lock(&self.config_info);
         format!(
             "# HELP serin_config_info {CONFIG_INFO}\n\
              # TYPE serin_config_info gauge\n\
              serin_config_info{{revision=\"{revision}\",hash=\"{hash:016x}\"}} 1\n"
         )
-    }
-
-    /// Takes the samples of histograms out of their buffers, which would otherwise grow until the
-    /// next scrape.
-    pub fn run_upkeep(&self) {
-        self.handle.run_upkeep();
     }
 
     /// A gauge by name and labels.
@@ -299,12 +312,12 @@ impl Metrics {
 
     /// A level by name and labels, the same one for the same labels.
     pub fn level(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Arc<Level> {
-        Arc::clone(self.lock_gauges().entry(key(name, labels)).or_default())
+        Arc::clone(lock(&self.gauges).entry(key(name, labels)).or_default())
     }
 
     /// The handles of a backend on a route, the same ones for the same labels.
     pub fn target(&self, labels: &TargetLabels) -> Arc<TargetMetrics> {
-        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut targets = lock(&self.targets);
         if let Some(known) = targets.get(labels) {
             return Arc::clone(known);
         }
@@ -312,8 +325,7 @@ impl Metrics {
             requests: Family::default(),
             upstream_errors: Family::default(),
             decisions: Default::default(),
-            request_duration: OnceLock::new(),
-            upstream_duration: OnceLock::new(),
+            latencies: self.latencies(labels),
             in_flight: self.level("serin_requests_in_flight", &labels.pairs()),
             labels: labels.clone(),
         });
@@ -324,12 +336,9 @@ impl Metrics {
     /// Forgets the handles that nobody holds any longer. What they counted stays, as
     /// Prometheus expects.
     pub fn prune(&self) {
-        self.targets
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .retain(|_, target| Arc::strong_count(target) > 1);
+        lock(&self.targets).retain(|_, target| Arc::strong_count(target) > 1);
         // The registry cannot forget a gauge; it must not show an old level for ever.
-        self.lock_gauges().retain(|key, level| {
+        lock(&self.gauges).retain(|key, level| {
             let held = Arc::strong_count(level) > 1;
             if !held {
                 self.recorder.register_gauge(key, &METADATA).set(0.0);
@@ -338,8 +347,16 @@ impl Metrics {
         });
     }
 
-    fn lock_gauges(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Arc<Level>>> {
-        self.gauges.lock().unwrap_or_else(PoisonError::into_inner)
+    fn latencies(&self, labels: &TargetLabels) -> Arc<Latencies> {
+        let mut latencies = lock(&self.latencies);
+        let known = latencies.entry(labels.clone()).or_insert_with(|| {
+            let empty = || LatencyHistogram::new(&self.buckets, self.workers);
+            Arc::new(Latencies {
+                request: empty(),
+                upstream: empty(),
+            })
+        });
+        Arc::clone(known)
     }
 }
 
@@ -368,6 +385,7 @@ impl TargetMetrics {
     pub fn count_request(
         &self,
         metrics: &Metrics,
+        worker: usize,
         method: MethodLabel,
         status: StatusCode,
         protocol: Protocol,
@@ -388,20 +406,12 @@ impl TargetMetrics {
                 )
             })
             .increment(1);
-        self.request_duration
-            .get_or_init(|| {
-                metrics.histogram("serin_request_duration_seconds", &self.labels.pairs())
-            })
-            .record(duration.as_secs_f64());
+        self.latencies.request.record(worker, duration);
     }
 
     /// Counts the time until the head of a response stood.
-    pub fn count_response_head(&self, metrics: &Metrics, duration: Duration) {
-        self.upstream_duration
-            .get_or_init(|| {
-                metrics.histogram("serin_upstream_duration_seconds", &self.labels.pairs())
-            })
-            .record(duration.as_secs_f64());
+    pub fn count_response_head(&self, worker: usize, duration: Duration) {
+        self.latencies.upstream.record(worker, duration);
     }
 
     /// Counts an attempt that brought no whole response.
@@ -421,13 +431,6 @@ impl TargetMetrics {
     /// The number of its requests in flight.
     pub fn in_flight(&self) -> &Arc<Level> {
         &self.in_flight
-    }
-}
-
-impl Metrics {
-    fn histogram(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Histogram {
-        self.recorder
-            .register_histogram(&key(name, labels), &METADATA)
     }
 }
 
@@ -514,16 +517,21 @@ impl Definition {
         match self.kind {
             Kind::Counter => recorder.describe_counter(name, self.unit, help),
             Kind::Gauge => recorder.describe_gauge(name, self.unit, help),
-            Kind::Histogram => recorder.describe_histogram(name, self.unit, help),
         }
     }
 }
 
 /// The names of all metrics with what they mean, for the documentation's test.
 pub fn documented() -> impl Iterator<Item = (&'static str, &'static str)> {
-    DEFINITIONS
+    let histograms = HISTOGRAMS.iter().map(|(name, help, _)| (*name, *help));
+    let others = DEFINITIONS
         .iter()
-        .map(|definition| (definition.name, definition.help))
+        .map(|definition| (definition.name, definition.help));
+    histograms.chain(others)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 static METADATA: Metadata<'static> =
@@ -596,13 +604,14 @@ mod tests {
 
     #[test]
     fn a_request_is_counted_once_under_its_labels() {
-        let metrics = Metrics::new(&[]);
+        let metrics = Metrics::new(&[], 1);
         let target = target(&metrics);
         for code in [200, 200, 503] {
             let status = StatusCode::from_u16(code).unwrap();
             let method = MethodLabel::from(&Method::GET);
             target.count_request(
                 &metrics,
+                0,
                 method,
                 status,
                 Protocol::Http1,
@@ -627,7 +636,7 @@ mod tests {
 
     #[test]
     fn levels_follow_their_guards_and_handles_survive() {
-        let metrics = Metrics::new(&[]);
+        let metrics = Metrics::new(&[], 1);
         let up = target(&metrics).in_flight().up();
         assert!(
             metrics.render().contains(
@@ -651,7 +660,7 @@ mod tests {
 
     #[test]
     fn every_metric_has_its_help_and_type() {
-        let metrics = Metrics::new(&[]);
+        let metrics = Metrics::new(&[], 1);
         target(&metrics).count_decision(&metrics, Reason::Rule);
         let text = metrics.render();
         assert!(text.contains("# HELP serin_routing_decisions_total "));
