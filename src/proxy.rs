@@ -34,7 +34,7 @@ use error::ProxyError;
 use exchange::Exchange;
 use headers::Survey;
 use origin::{Origin, Peer};
-use timeouts::{Timeout, Timeouts};
+use timeouts::{Timeout, Timeouts, Timer};
 
 /// Serves the requests of one worker.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ pub struct Proxy {
     live: Reader,
     pools: Rc<Pools<RequestBody>>,
     metrics: Arc<Metrics>,
-    timeouts: Rc<Timeouts>,
+    timeouts: Arc<Timeouts>,
     /// The position of its worker among all.
     worker: usize,
     dice: RefCell<fastrand::Rng>,
@@ -83,7 +83,7 @@ impl Proxy {
         live: Reader,
         pools: Rc<Pools<RequestBody>>,
         metrics: Arc<Metrics>,
-        timeouts: Rc<Timeouts>,
+        timeouts: Arc<Timeouts>,
         worker: usize,
     ) -> Self {
         Self {
@@ -94,6 +94,11 @@ impl Proxy {
             worker,
             dice: RefCell::new(fastrand::Rng::new()),
         }
+    }
+
+    /// The limits of its worker, for hyper.
+    pub fn timer(&self) -> Timer {
+        Timer(Arc::clone(&self.timeouts))
     }
 
     /// The snapshot in force.
@@ -109,7 +114,7 @@ impl Proxy {
         request: Request<Incoming>,
     ) -> impl Future<Output = Response<ReplyBody>> + 'p {
         let snapshot = self.live.current();
-        let mut exchange = Exchange::begin(&self.metrics, self.worker, &snapshot, &request);
+        let mut exchange = Exchange::begin(&self.metrics, self.worker, &request);
         async move {
             match self.forward(&snapshot, peer, &mut exchange, request).await {
                 Ok(answer) => answer.into_response(exchange),

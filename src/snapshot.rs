@@ -23,7 +23,7 @@ use crate::config::{self, Config};
 use crate::routing::gray::{Dice, Override, Rule, Step};
 use crate::routing::split::Split;
 use crate::routing::{BASELINE, Decision, Gray, Reason, RequestHead, RouteTable, UserList};
-use crate::telemetry::metrics::{Metrics, NONE, TargetLabels, TargetMetrics};
+use crate::telemetry::metrics::{Metrics, TargetLabels, TargetMetrics};
 
 /// Counts the snapshots of a process, from 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,8 +42,6 @@ pub struct Snapshot {
     pub routes: Vec<Arc<Route>>,
     /// The backends in the order of the file.
     pub backends: Vec<Arc<Backend>>,
-    /// What requests are counted under that no route takes.
-    pub unrouted: Arc<TargetMetrics>,
     table: RouteTable,
     connection_policies: HashMap<EndpointId, ConnectionPolicy>,
 }
@@ -121,12 +119,6 @@ pub fn compile(
         table.insert(index, &route.hostnames, &route.matches);
     }
     table.finish();
-    let none: Arc<str> = NONE.into();
-    let unrouted = TargetLabels {
-        route: Arc::clone(&none),
-        backend: Arc::clone(&none),
-        version: none,
-    };
     Snapshot {
         revision,
         listeners: config.listeners.clone(),
@@ -146,7 +138,6 @@ pub fn compile(
             })
             .collect(),
         backends,
-        unrouted: metrics.target(&unrouted),
         table,
     }
 }

@@ -6,8 +6,8 @@ use http::{Request, StatusCode};
 use tokio::time::Instant;
 
 use crate::routing::Reason;
-use crate::snapshot::{RouteTarget, Snapshot};
-use crate::telemetry::metrics::{MethodLabel, Metrics, Protocol, TargetMetrics, Up};
+use crate::snapshot::RouteTarget;
+use crate::telemetry::metrics::{MethodLabel, Metrics, Protocol, TargetMetrics};
 
 use super::error::client_gone;
 
@@ -23,8 +23,8 @@ pub struct Exchange {
     decided: Instant,
     method: MethodLabel,
     protocol: Protocol,
-    target: Arc<TargetMetrics>,
-    in_flight: Up,
+    /// What it counts for; for none before it is decided.
+    target: Option<Arc<TargetMetrics>>,
     /// What the client is sent; `None` until something is.
     status: Option<StatusCode>,
 }
@@ -33,12 +33,7 @@ pub struct Exchange {
 
 impl Exchange {
     /// Begins with the head of a request; it belongs to no route yet.
-    pub fn begin<B>(
-        metrics: &Arc<Metrics>,
-        worker: usize,
-        snapshot: &Snapshot,
-        request: &Request<B>,
-    ) -> Self {
+    pub fn begin<B>(metrics: &Arc<Metrics>, worker: usize, request: &Request<B>) -> Self {
         let started = Instant::now();
         Self {
             metrics: Arc::clone(metrics),
@@ -47,8 +42,7 @@ impl Exchange {
             decided: started,
             method: MethodLabel::from(request.method()),
             protocol: Protocol::from(request.version()),
-            target: Arc::clone(&snapshot.unrouted),
-            in_flight: snapshot.unrouted.in_flight().up(),
+            target: None,
             status: None,
         }
     }
@@ -65,16 +59,17 @@ impl Exchange {
 
     /// From now on it counts for this target.
     pub fn decided(&mut self, target: &RouteTarget, reason: Reason) {
-        self.target = Arc::clone(&target.metrics);
-        self.in_flight = target.metrics.in_flight().up();
+        target.metrics.in_flight().rise();
+        self.target = Some(Arc::clone(&target.metrics));
         self.decided = Instant::now();
         target.metrics.count_decision(&self.metrics, reason);
     }
 
     /// The head of the upstream's response is here.
     pub fn answered(&mut self, status: StatusCode) {
-        self.target
-            .count_response_head(self.worker, self.decided.elapsed());
+        if let Some(target) = &self.target {
+            target.count_response_head(self.worker, self.decided.elapsed());
+        }
         self.status = Some(status);
     }
 
@@ -85,7 +80,9 @@ impl Exchange {
 
     /// The upstream brought no whole response.
     pub fn upstream_failed(&self, error: &'static str) {
-        self.target.count_upstream_error(&self.metrics, error);
+        if let Some(target) = &self.target {
+            target.count_upstream_error(&self.metrics, error);
+        }
     }
 }
 
@@ -93,7 +90,8 @@ impl Drop for Exchange {
     /// A client that went away before it was sent a status counts as 499, nginx's code for it.
     fn drop(&mut self) {
         let status = self.status.unwrap_or_else(client_gone);
-        self.target.count_request(
+        let target = self.target.as_ref().unwrap_or(self.metrics.unrouted());
+        target.count_request(
             &self.metrics,
             self.worker,
             self.method,
@@ -101,5 +99,8 @@ impl Drop for Exchange {
             self.protocol,
             self.started.elapsed(),
         );
+        if let Some(target) = &self.target {
+            target.in_flight().fall();
+        }
     }
 }

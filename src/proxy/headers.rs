@@ -85,6 +85,17 @@ impl Survey {
     }
 
     fn care(name: &str) -> u16 {
+        if !matches!(
+            name.as_bytes().first(),
+            Some(b'c' | b'e' | b'f' | b'k' | b'p' | b't' | b'u' | b'x')
+        ) {
+            // Neither `host` nor `accept` and the like need to be compared with all of them.
+            return if name.contains('_') {
+                Self::AMBIGUOUS
+            } else {
+                0
+            };
+        }
         match name {
             "connection" => Self::CONNECTION | Self::HOP_BY_HOP,
             "transfer-encoding" => Self::TRANSFER_ENCODING | Self::HOP_BY_HOP,

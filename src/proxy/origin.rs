@@ -126,6 +126,12 @@ pub fn host(parts: &Parts, survey: Survey) -> Result<Cow<'_, str>, ProxyError> {
     if survey.has_repeated() && parts.headers.get_all(HOST).iter().count() > 1 {
         return Err(ProxyError::BadRequest("more than one Host header"));
     }
+    if let (None, Some(field)) = (parts.uri.authority(), field)
+        && let Some(host) = text(field)
+        && is_plain(host)
+    {
+        return Ok(Cow::Borrowed(host));
+    }
     let authority = match (parts.uri.authority(), field) {
         (Some(authority), Some(field))
             if authority.as_str().eq_ignore_ascii_case(host_field(field)?) =>
@@ -147,6 +153,13 @@ pub fn host(parts: &Parts, survey: Survey) -> Result<Cow<'_, str>, ProxyError> {
     Ok(normalize_host(authority))
 }
 
+/// True for what nearly every host is: a name in lower case without a port, which needs no further
+/// look.
+fn is_plain(host: &str) -> bool {
+    let plain = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.');
+    !host.ends_with('.') && host.bytes().all(plain)
+}
+
 fn host_field(field: &HeaderValue) -> Result<&str, ProxyError> {
     valid_authority(text(field).unwrap_or("?"))
 }
@@ -154,12 +167,6 @@ fn host_field(field: &HeaderValue) -> Result<&str, ProxyError> {
 /// A host with or without a port; no userinfo, which RFC 9110 section 4.2.4 wants treated as an
 /// error.
 fn valid_authority(authority: &str) -> Result<&str, ProxyError> {
-    let (host, port) = authority.split_once(':').unwrap_or((authority, ""));
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'.' || byte == b'-';
-    if host.bytes().all(is_plain) && (port.is_empty() || port.parse::<u16>().is_ok()) {
-        // What nearly every host is; the library's parser copies it first.
-        return Ok(authority);
-    }
     let well_formed = authority.is_empty() || authority.parse::<Authority>().is_ok();
     if !well_formed || authority.contains(['@', ',', '?']) || !has_valid_port(authority) {
         return Err(ProxyError::BadRequest("malformed host"));

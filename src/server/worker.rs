@@ -2,19 +2,21 @@
 
 use std::cell::Cell;
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io;
 use std::net::TcpStream;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use http::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 use tracing::debug;
@@ -136,7 +138,7 @@ impl Worker {
     async fn run(mut self) {
         let pools = Pools::new(Arc::clone(&self.metrics));
         let timeouts = Timeouts::new();
-        tokio::task::spawn_local(Rc::clone(&timeouts).run());
+        tokio::task::spawn_local(Arc::clone(&timeouts).run());
         let mut published = self.live.subscribe();
         let reader = Reader::new(self.live);
         let proxy = Proxy::new(
@@ -190,25 +192,38 @@ async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
         }
     });
     let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
+        .timer(proxy.timer())
         .header_read_timeout(proxy.live().current().idle_timeout(peer.listener))
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = pin!(connection);
+    let told = phase.clone();
     let drain = async {
         // The sender's end is a drop, which says the same as `Draining`.
         let _ = phase.wait_for(|phase| *phase == Phase::Draining).await;
         draining.set(true);
         sleep(LAST_REQUEST_GRACE).await;
     };
-    let ended = tokio::select! {
+    let mut drain = pin!(drain);
+    let mut is_watched = false;
+    let served = poll_fn(|cx| {
         // The drain first: a response that comes at the same moment must say that it is the last.
-        biased;
-        () = drain => {
+        // And only when it has begun, since to wait for it takes a lock that all connections share;
+        // once it is watched, it wakes us.
+        if !is_watched || told.has_changed().unwrap_or(true) {
+            is_watched = true;
+            if drain.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+        }
+        connection.as_mut().poll(cx).map(Some)
+    });
+    let ended = match served.await {
+        Some(ended) => ended,
+        None => {
             // Closes an idle connection now, and another one after its response.
             connection.as_mut().graceful_shutdown();
             connection.await
         }
-        ended = connection.as_mut() => ended,
     };
     if let Err(error) = ended {
         debug!(%error, peer = %peer.address, "connection ended");

@@ -118,7 +118,7 @@ impl LatencyHistogram {
     }
 
     fn sum(&self, of: impl Fn(&Part) -> &AtomicU64) -> u64 {
-        let values = self.parts.iter().map(|part| of(part));
+        let values = self.parts.iter().map(of);
         values.map(|value| value.load(Ordering::Relaxed)).sum()
     }
 }

@@ -27,7 +27,7 @@ pub const DEFAULT_BUCKETS: [f64; 16] = [
 ];
 
 /// The label value for what there is not: the route of a request that no route takes.
-pub const NONE: &str = "_NONE";
+const NONE: &str = "_NONE";
 
 /// The registry, and the handles that outlive snapshots.
 pub struct Metrics {
@@ -37,6 +37,8 @@ pub struct Metrics {
     targets: Mutex<HashMap<TargetLabels, Arc<TargetMetrics>>>,
     /// The latencies of every target there ever was: what was counted stays.
     latencies: Mutex<BTreeMap<TargetLabels, Arc<Latencies>>>,
+    /// What requests are counted under that no route takes.
+    unrouted: OnceLock<Arc<TargetMetrics>>,
     buckets: Buckets,
     workers: usize,
     gauges: Mutex<HashMap<Key, Arc<Level>>>,
@@ -101,23 +103,30 @@ struct Definition {
     help: &'static str,
 }
 
+struct HistogramDefinition {
+    name: &'static str,
+    help: &'static str,
+    /// Which of the latencies of a target it shows.
+    part: fn(&Latencies) -> &LatencyHistogram,
+}
+
 enum Kind {
     Counter,
     Gauge,
 }
 
-/// The histograms, with the help of each and the part of [`Latencies`] that it shows.
-const HISTOGRAMS: [(&str, &str, fn(&Latencies) -> &LatencyHistogram); 2] = [
-    (
-        "serin_request_duration_seconds",
-        "Time from the request head to the last byte of the response.",
-        |latencies| &latencies.request,
-    ),
-    (
-        "serin_upstream_duration_seconds",
-        "Time from choosing a backend to the head of its response.",
-        |latencies| &latencies.upstream,
-    ),
+/// The histograms.
+const HISTOGRAMS: [HistogramDefinition; 2] = [
+    HistogramDefinition {
+        name: "serin_request_duration_seconds",
+        help: "Time from the request head to the last byte of the response.",
+        part: |latencies| &latencies.request,
+    },
+    HistogramDefinition {
+        name: "serin_upstream_duration_seconds",
+        help: "Time from choosing a backend to the head of its response.",
+        part: |latencies| &latencies.upstream,
+    },
 ];
 
 /// All other metrics, one line each, in the order of the documentation.
@@ -244,6 +253,7 @@ impl Metrics {
             process,
             targets: Mutex::default(),
             latencies: Mutex::default(),
+            unrouted: OnceLock::new(),
             buckets: Buckets::new(buckets),
             workers,
             gauges: Mutex::default(),
@@ -272,7 +282,7 @@ impl Metrics {
     fn render_latencies(&self) -> String {
         let latencies = lock(&self.latencies);
         let mut text = String::new();
-        for (name, help, part) in HISTOGRAMS {
+        for HistogramDefinition { name, help, part } in HISTOGRAMS {
             write_help_line(&mut text, name, None, None, help);
             write_type_line(&mut text, name, None, None, "histogram");
             for (labels, latencies) in latencies.iter() {
@@ -313,6 +323,18 @@ impl Metrics {
     /// A level by name and labels, the same one for the same labels.
     pub fn level(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Arc<Level> {
         Arc::clone(lock(&self.gauges).entry(key(name, labels)).or_default())
+    }
+
+    /// The handles for requests that no route takes.
+    pub fn unrouted(&self) -> &Arc<TargetMetrics> {
+        self.unrouted.get_or_init(|| {
+            let none: Arc<str> = NONE.into();
+            self.target(&TargetLabels {
+                route: Arc::clone(&none),
+                backend: Arc::clone(&none),
+                version: none,
+            })
+        })
     }
 
     /// The handles of a backend on a route, the same ones for the same labels.
@@ -451,8 +473,18 @@ impl TargetLabels {
 impl Level {
     /// Puts the level up by one for as long as the guard lives.
     pub fn up(self: &Arc<Self>) -> Up {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.rise();
         Up(Arc::clone(self))
+    }
+
+    /// Puts the level up by one; whoever does so owes a [`fall`](Self::fall).
+    pub fn rise(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Puts the level down by one.
+    pub fn fall(&self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// The level now.
@@ -463,7 +495,7 @@ impl Level {
 
 impl Drop for Up {
     fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.fall();
     }
 }
 
@@ -523,7 +555,7 @@ impl Definition {
 
 /// The names of all metrics with what they mean, for the documentation's test.
 pub fn documented() -> impl Iterator<Item = (&'static str, &'static str)> {
-    let histograms = HISTOGRAMS.iter().map(|(name, help, _)| (*name, *help));
+    let histograms = HISTOGRAMS.iter().map(|one| (one.name, one.help));
     let others = DEFINITIONS
         .iter()
         .map(|definition| (definition.name, definition.help));
