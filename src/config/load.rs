@@ -11,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::routing::UserList;
+use crate::routing::user_list::Pause;
 
 use super::check::{Checked, Surroundings, check};
 use super::decode::decode;
@@ -180,11 +181,23 @@ fn load_in(
 ///
 /// Why it cannot be used.
 pub fn load_list(source: &ListSource) -> Result<LoadedList, ListFailure> {
+    load_list_with_pauses(source, &mut || ())
+}
+
+/// As [`load_list`], with a pause now and then.
+///
+/// # Errors
+///
+/// As `load_list`.
+pub fn load_list_with_pauses(
+    source: &ListSource,
+    pause: Pause<'_>,
+) -> Result<LoadedList, ListFailure> {
     let shown = source.path.display();
     let (content, stamp) = read_settled(&source.path, UserList::LARGEST_FILE)
         .map_err(|error| ListFailure::Unreadable(format!("cannot be read: `{shown}`: {error}")))?;
     let hash = xxh3_64(&content);
-    let list = UserList::parse(content, &source.format).map_err(|error| {
+    let list = UserList::parse_with_pauses(content, &source.format, pause).map_err(|error| {
         ListFailure::Unusable(format!(
             "cannot be used: {shown}:{}:{}: {}",
             error.line, error.column, error.reason

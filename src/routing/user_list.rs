@@ -47,6 +47,9 @@ struct NumberIds {
     heap_bytes: usize,
 }
 
+/// Called between two parts of the work.
+pub type Pause<'p> = &'p mut dyn FnMut();
+
 // === impl UserList ===
 
 impl UserList {
@@ -62,15 +65,29 @@ impl UserList {
     ///
     /// The first thing in the file which cannot be read as ids; a list is used whole or not at all.
     pub fn parse(content: Vec<u8>, format: &Format) -> Result<Self, ListError> {
-        let ids = format::read_ids(content, format)?;
+        Self::parse_with_pauses(content, format, &mut || ())
+    }
+
+    /// As [`parse`](Self::parse), with a pause now and then, so that a list of millions of ids does
+    /// not keep a core from others for long at a time.
+    ///
+    /// # Errors
+    ///
+    /// As `parse`.
+    pub fn parse_with_pauses(
+        content: Vec<u8>,
+        format: &Format,
+        pause: Pause<'_>,
+    ) -> Result<Self, ListError> {
+        let ids = format::read_ids(content, format, pause)?;
         let numbers = NumberIds::if_much_smaller(&ids);
         let text_ids = if numbers.is_some() {
-            without_numbers(ids)
+            without_numbers(ids, pause)
         } else {
             ids
         };
         Ok(Self {
-            text: TextIds::build(text_ids)?,
+            text: TextIds::build(text_ids, pause)?,
             numbers,
         })
     }
@@ -121,10 +138,10 @@ impl fmt::Debug for UserList {
 
 impl TextIds {
     /// Builds the set of `ids` within their own memory.
-    fn build(ids: Vec<u8>) -> Result<Self, ListError> {
+    fn build(ids: Vec<u8>, pause: Pause<'_>) -> Result<Self, ListError> {
         // Sized beforehand, so that the table never moves and is not twice as large as it must be.
         let mut starts = HashTable::with_capacity(count(&ids));
-        let mut packing = Packing::new(ids, 0);
+        let mut packing = Packing::new(ids, 0, pause);
         while let Some(range) = packing.next_line() {
             let id = packing.bytes(&range);
             let packed = packing.packed();
@@ -207,8 +224,8 @@ impl NumberIds {
 }
 
 /// The ids which are not numbers, in the same memory.
-fn without_numbers(ids: Vec<u8>) -> Vec<u8> {
-    let mut packing = Packing::new(ids, 0);
+fn without_numbers(ids: Vec<u8>, pause: Pause<'_>) -> Vec<u8> {
+    let mut packing = Packing::new(ids, 0, pause);
     while let Some(range) = packing.next_line() {
         if canonical_number(packing.bytes(&range)).is_none() {
             packing.keep(range);

@@ -5,13 +5,16 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tracing::debug;
 
 use crate::config::ListSource;
-use crate::config::load::{ListFailure, Lists, LoadedList, Stamp, load_list, stamp};
+use crate::config::load::{
+    ListFailure, Lists, LoadedList, Stamp, load_list, load_list_with_pauses, stamp,
+};
 use crate::control::Change;
 
 use super::directories::Watches;
@@ -20,6 +23,10 @@ use super::{Followed, Look};
 /// The niceness of the threads that read user lists: about a tenth of a core while the workers want
 /// all of it. At 19 it would be a hundredth, and a list would wait for minutes on a busy machine.
 const LOW_PRIORITY: i32 = 5;
+
+/// How long reading pauses after each part. A thread that never sleeps is given a whole time slice of
+/// some milliseconds even at a low priority, for which a request would have to wait.
+const PAUSE: Duration = Duration::from_micros(100);
 
 /// All user lists that the reloader knows.
 #[derive(Debug)]
@@ -302,7 +309,9 @@ async fn read_in_background(source: ListSource, state: Option<Stamp>) -> Reading
         // but right.
         let _ = rustix::process::setpriority_process(None, LOW_PRIORITY);
         // Nobody listens only while the process ends.
-        let _ = sender.send(load_list(&reading));
+        let _ = sender.send(load_list_with_pauses(&reading, &mut || {
+            thread::sleep(PAUSE)
+        }));
     };
     let started = thread::Builder::new().name("serin-load".into()).spawn(job);
     let failed = |reason: String| Err(ListFailure::Unreadable(reason));

@@ -50,10 +50,14 @@ pub struct ListError {
 ///
 /// Each id is trimmed, not empty, and UTF-8 without control characters, hence without `\n`. There
 /// is no `\n` at the end.
-pub(super) fn read_ids(content: Vec<u8>, format: &Format) -> Result<Vec<u8>, ListError> {
+pub(super) fn read_ids(
+    content: Vec<u8>,
+    format: &Format,
+    pause: super::Pause<'_>,
+) -> Result<Vec<u8>, ListError> {
     let start = text_start(&content)?;
     match format {
-        Format::Lines => read_lines(content, start),
+        Format::Lines => read_lines(content, start, pause),
         Format::Csv { column } => read_csv(&content[start..], column),
         Format::Json { field } => read_json(&content[start..], field.as_deref()),
     }
@@ -86,8 +90,12 @@ impl std::error::Error for ListError {}
 
 // === Lines ===
 
-fn read_lines(content: Vec<u8>, start: usize) -> Result<Vec<u8>, ListError> {
-    let mut packing = Packing::new(content, start);
+fn read_lines(
+    content: Vec<u8>,
+    start: usize,
+    pause: super::Pause<'_>,
+) -> Result<Vec<u8>, ListError> {
+    let mut packing = Packing::new(content, start, pause);
     let mut line_number = 0;
     while let Some(range) = packing.next_line() {
         line_number += 1;
@@ -407,7 +415,7 @@ mod tests {
     use super::*;
 
     fn ids(content: impl AsRef<[u8]>, format: &Format) -> Result<String, String> {
-        read_ids(content.as_ref().to_vec(), format)
+        read_ids(content.as_ref().to_vec(), format, &mut || ())
             .map(|ids| String::from_utf8(ids).unwrap())
             .map_err(|error| error.to_string())
     }

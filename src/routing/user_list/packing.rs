@@ -11,19 +11,26 @@ use memchr::memchr;
 ///
 /// The front cannot overtake the reading position: what is kept takes the room it came from, and
 /// its separator that of the `\n` which ended the line before.
-pub(super) struct Packing {
+pub(super) struct Packing<'p> {
     bytes: Vec<u8>,
+    pause: super::Pause<'p>,
+    lines: usize,
     /// Where the packed front ends.
     packed: usize,
     /// Where the next line starts.
     next: usize,
 }
 
-impl Packing {
+/// How many lines are read between two pauses: half a millisecond of work, or less.
+const LINES_A_PAUSE: usize = 4096;
+
+impl<'p> Packing<'p> {
     /// Reads from `start` on; what lies before it is dropped.
-    pub(super) fn new(bytes: Vec<u8>, start: usize) -> Self {
+    pub(super) fn new(bytes: Vec<u8>, start: usize, pause: super::Pause<'p>) -> Self {
         Self {
             bytes,
+            pause,
+            lines: 0,
             packed: 0,
             next: start,
         }
@@ -33,6 +40,10 @@ impl Packing {
     pub(super) fn next_line(&mut self) -> Option<Range<usize>> {
         if self.next >= self.bytes.len() {
             return None;
+        }
+        self.lines += 1;
+        if self.lines.is_multiple_of(LINES_A_PAUSE) {
+            (self.pause)();
         }
         let start = self.next;
         let end = start + line_at(&self.bytes, start).len();
