@@ -1,17 +1,14 @@
 //! Accepts the connections of all listeners and gives each to the worker that has the fewest.
 
-use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
-use tokio::task::unconstrained;
 use tracing::{debug, info, warn};
 
 use crate::proxy::origin::Peer;
@@ -33,6 +30,12 @@ pub struct Acceptor {
 /// One listener's task.
 struct Accepting {
     socket: TcpListener,
+    phase: watch::Receiver<Phase>,
+    listener: Listener,
+}
+
+/// What connections of a listener are handed over with.
+struct Listener {
     bound: SocketAddr,
     phase: watch::Receiver<Phase>,
     active: Arc<ArcSwap<Level>>,
@@ -92,10 +95,13 @@ impl Accepting {
         info!(listener = %name, address = %bound, "listening");
         Ok(Self {
             socket: TcpListener::from_std(socket)?,
-            bound,
-            phase,
-            active,
-            workers,
+            phase: phase.clone(),
+            listener: Listener {
+                bound,
+                phase,
+                active,
+                workers,
+            },
         })
     }
 
@@ -108,27 +114,47 @@ impl Accepting {
                 accepted = self.socket.accept() => accepted,
             };
             match accepted {
-                Ok((stream, peer)) => self.hand_over(stream, peer),
+                // The worker registers the connection with its own reactor; it must leave this one's.
+                Ok((stream, peer)) => match stream.into_std() {
+                    Ok(stream) => self.listener.hand_over(stream, peer),
+                    Err(error) => debug!(%error, "connection was gone before it was served"),
+                },
                 Err(error) => self.rest_after(&error).await,
             }
         }
-        self.empty_backlog().await;
-        info!(address = %self.bound, "no longer listening");
+        match self.socket.into_std() {
+            Ok(socket) => self.listener.empty_backlog(&socket),
+            Err(error) => warn!(%error, "queued connections are lost"),
+        }
+        info!(address = %self.listener.bound, "no longer listening");
     }
 
-    /// Takes what was queued when the drain began: the kernel would reset those connections.
-    async fn empty_backlog(&self) {
-        let queued = || unconstrained(poll_fn(|cx| Poll::Ready(self.socket.poll_accept(cx))));
+    /// A client that left is nothing; without file descriptors, trying again at once would spin.
+    async fn rest_after(&self, error: &io::Error) {
+        if has_left(error) {
+            return;
+        }
+        warn!(%error, address = %self.listener.bound, "cannot accept");
+        tokio::time::sleep(EXHAUSTION_PAUSE).await;
+    }
+}
+
+// === impl Listener ===
+
+impl Listener {
+    /// Takes what was queued when the drain began: the kernel would reset those connections. The
+    /// socket itself is asked, since the reactor may not have heard of the last ones yet.
+    fn empty_backlog(&self, socket: &std::net::TcpListener) {
         for _ in 0..BACKLOG {
-            match queued().await {
-                Poll::Ready(Ok((stream, peer))) => self.hand_over(stream, peer),
-                Poll::Ready(Err(error)) if has_left(&error) => {}
-                Poll::Ready(Err(_)) | Poll::Pending => break,
+            match socket.accept() {
+                Ok((stream, peer)) => self.hand_over(stream, peer),
+                Err(error) if has_left(&error) => {}
+                Err(_) => break,
             }
         }
     }
 
-    fn hand_over(&self, stream: TcpStream, address: SocketAddr) {
+    fn hand_over(&self, stream: std::net::TcpStream, address: SocketAddr) {
         let Some(worker) = self
             .workers
             .iter()
@@ -137,26 +163,16 @@ impl Accepting {
         else {
             return;
         };
-        // The worker registers the connection with its own reactor; it must leave this one's.
-        let stream = match stream.set_nodelay(true).and_then(|()| stream.into_std()) {
-            Ok(stream) => stream,
-            Err(error) => return debug!(%error, "connection was gone before it was served"),
-        };
+        let ready = stream.set_nonblocking(true);
+        if let Err(error) = ready.and_then(|()| stream.set_nodelay(true)) {
+            return debug!(%error, "connection was gone before it was served");
+        }
         worker.serve(Accepted {
             stream,
             peer: Peer::new(self.bound, address),
             phase: self.phase.clone(),
             active: self.active.load().up(),
         });
-    }
-
-    /// A client that left is nothing; without file descriptors, trying again at once would spin.
-    async fn rest_after(&self, error: &io::Error) {
-        if has_left(error) {
-            return;
-        }
-        warn!(%error, address = %self.bound, "cannot accept");
-        tokio::time::sleep(EXHAUSTION_PAUSE).await;
     }
 }
 

@@ -209,7 +209,7 @@ async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
         // The drain first: a response that comes at the same moment must say that it is the last.
         // And only when it has begun, since to wait for it takes a lock that all connections share;
         // once it is watched, it wakes us.
-        if !is_watched || told.has_changed().unwrap_or(true) {
+        if !is_watched || draining.get() || told.has_changed().unwrap_or(true) {
             is_watched = true;
             if drain.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(None);
