@@ -31,6 +31,9 @@ use crate::telemetry::metrics::Metrics;
 /// How often a drain looks whether it is over.
 const DRAIN_TICK: Duration = Duration::from_millis(10);
 
+/// How long the end of the access log may take to be written.
+const LOG_FLUSH_LIMIT: Duration = Duration::from_secs(2);
+
 /// Whether the files of the configuration are watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Follow {
@@ -208,6 +211,13 @@ impl App {
         }
     }
 
+    /// Opens the file of the access log anew, if there is one.
+    pub fn reopen_logs(&self) {
+        if let Some(log) = &self.live.load().access_log {
+            log.reopen();
+        }
+    }
+
     /// Reads the configuration again; `None` when there is no file to read.
     pub async fn reload(&self) -> Option<Result<Revision, Problems>> {
         let (sender, outcome) = oneshot::channel();
@@ -241,6 +251,11 @@ impl App {
         }
         drop(self.stop);
         join(self.control_thread, "the control thread");
+        if let Some(log) = &self.live.load().access_log
+            && !log.flush(LOG_FLUSH_LIMIT)
+        {
+            warn!("the end of the access log could not be written in time");
+        }
         if cut_off == 0 {
             Drained::Clean
         } else {

@@ -64,6 +64,8 @@ pub struct Endpoint {
     pub id: EndpointId,
     /// Where it listens.
     pub address: SocketAddr,
+    /// The same as text.
+    pub authority: Box<str>,
     in_flight: AtomicUsize,
 }
 
@@ -170,6 +172,7 @@ impl Endpoints {
                 Arc::new(Endpoint {
                     id: EndpointId(*created),
                     address,
+                    authority: address.to_string().into(),
                     in_flight: AtomicUsize::new(0),
                 })
             });

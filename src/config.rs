@@ -32,6 +32,7 @@ use crate::routing::matcher::Condition;
 use crate::routing::split::Weight;
 use crate::routing::table::{Hostname, RouteMatch};
 use crate::routing::{Target, user_list};
+use crate::telemetry::access_log;
 
 pub use file::{ConfigFile, Workers};
 pub use problem::{Problem, Problems};
@@ -49,6 +50,8 @@ pub struct Config {
     pub shutdown_timeout: Duration,
     /// Upper bounds of the latency histograms in seconds.
     pub duration_buckets: Vec<f64>,
+    /// Where a line for each request goes.
+    pub access_log: Option<access_log::Settings>,
     /// The versions there are.
     pub backends: Vec<Backend>,
     /// The user lists there are.

@@ -20,6 +20,7 @@ use crate::routing::UserList;
 use crate::server::acceptor::Acceptor;
 use crate::server::{self, BoundSocket, DrainingListener, OpenListener};
 use crate::snapshot::{Live, Revision, Snapshot, compile};
+use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::metrics::Metrics;
 
 /// Something that changes what is served.
@@ -87,6 +88,7 @@ pub struct Control {
     listeners: Vec<OpenListener>,
     /// Those that are no longer configured, until their last connection has ended.
     draining: Vec<DrainingListener>,
+    access_log: Option<Arc<AccessLog>>,
     /// What the process started with and cannot change.
     fixed: Fixed,
     board: StatusBoard,
@@ -125,6 +127,7 @@ impl Control {
         metrics: Arc<Metrics>,
     ) -> Result<(Self, Vec<BoundSocket>), Problems> {
         let (listeners, sockets) = bind_new(&loaded, &[], &metrics)?;
+        let access_log = open_log(&loaded, None, &metrics)?;
         let fixed = Fixed {
             workers: loaded.config.workers,
             admin: loaded.config.admin,
@@ -132,7 +135,12 @@ impl Control {
         };
         let mut endpoints = Endpoints::default();
         let revision = Revision(1);
-        let first = snapshot(&loaded, &listeners, &[], revision, &mut endpoints, &metrics);
+        let open = Open {
+            listeners: &listeners,
+            draining: &[],
+            access_log: access_log.as_ref(),
+        };
+        let first = snapshot(&loaded, &open, revision, &mut endpoints, &metrics);
         let now = SystemTime::now();
         let status = Status {
             revision,
@@ -159,6 +167,7 @@ impl Control {
                 endpoints,
                 listeners,
                 draining: Vec::new(),
+                access_log,
                 fixed,
                 board,
             },
@@ -203,6 +212,7 @@ impl Control {
 
     fn take_over(&mut self, loaded: Loaded, acceptor: &Acceptor) -> Result<Revision, Problems> {
         let (opened, sockets) = bind_new(&loaded, &self.listeners, &self.metrics)?;
+        self.access_log = open_log(&loaded, self.access_log.as_ref(), &self.metrics)?;
         let (mut kept, closed): (Vec<_>, Vec<_>) = std::mem::take(&mut self.listeners)
             .into_iter()
             .partition(|open| {
@@ -302,14 +312,12 @@ impl Control {
     fn publish(&mut self, loaded: &Loaded) -> Revision {
         let revision = Revision(self.board.load().revision.0 + 1);
         self.draining.retain(DrainingListener::has_connections);
-        let next = snapshot(
-            loaded,
-            &self.listeners,
-            &self.draining,
-            revision,
-            &mut self.endpoints,
-            &self.metrics,
-        );
+        let open = Open {
+            listeners: &self.listeners,
+            draining: &self.draining,
+            access_log: self.access_log.as_ref(),
+        };
+        let next = snapshot(loaded, &open, revision, &mut self.endpoints, &self.metrics);
         tokio::task::spawn_local(retire(self.live.publish(next)));
         self.endpoints.prune();
         self.metrics.prune();
@@ -430,10 +438,39 @@ pub(crate) fn problem_at(source: &str, at: &Path, message: String) -> Problem {
     Problem::error(at, span, message)
 }
 
+/// Opens the access log, unless it is open as configured: before anything is taken over.
+fn open_log(
+    loaded: &Loaded,
+    open: Option<&Arc<AccessLog>>,
+    metrics: &Metrics,
+) -> Result<Option<Arc<AccessLog>>, Problems> {
+    let Some(settings) = &loaded.config.access_log else {
+        return Ok(None);
+    };
+    if let Some(open) = open.filter(|open| open.settings() == settings) {
+        return Ok(Some(Arc::clone(open)));
+    }
+    AccessLog::open(settings, metrics)
+        .map(Some)
+        .map_err(|error| {
+            let at = Path::default().key("accessLog").key("output");
+            let output = &settings.output;
+            let message = format!("the access log cannot be written to {output}: {error}");
+            let source = &loaded.warnings.source;
+            Problems::new(&loaded.path, source, vec![problem_at(source, &at, message)])
+        })
+}
+
+/// What is open in the process and part of the next snapshot.
+struct Open<'o> {
+    listeners: &'o [OpenListener],
+    draining: &'o [DrainingListener],
+    access_log: Option<&'o Arc<AccessLog>>,
+}
+
 fn snapshot(
     loaded: &Loaded,
-    listeners: &[OpenListener],
-    draining: &[DrainingListener],
+    open: &Open<'_>,
     revision: Revision,
     endpoints: &mut Endpoints,
     metrics: &Metrics,
@@ -446,11 +483,12 @@ fn snapshot(
         metrics,
     );
     for listener in &mut next.listeners {
-        if let Some(open) = listeners.iter().find(|open| open.serves(listener)) {
+        if let Some(open) = open.listeners.iter().find(|open| open.serves(listener)) {
             listener.address = open.bound;
         }
     }
-    let draining = draining.iter().map(|drained| drained.listener.clone());
+    next.access_log = open.access_log.map(Arc::clone);
+    let draining = open.draining.iter().map(|drained| drained.listener.clone());
     next.draining_listeners = draining.collect();
     next
 }

@@ -74,6 +74,7 @@ struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    reopen: Signal,
 }
 
 impl Signals {
@@ -85,22 +86,26 @@ impl Signals {
         let terminate = signal(SignalKind::terminate())?;
         let interrupt = signal(SignalKind::interrupt())?;
         let hangup = signal(SignalKind::hangup())?;
+        let reopen = signal(SignalKind::user_defined1())?;
         drop(guard);
         Ok(Self {
             runtime,
             terminate,
             interrupt,
             hangup,
+            reopen,
         })
     }
 
-    /// Lives until SIGTERM or SIGINT and reloads at SIGHUP; a second signal to end does so at once.
+    /// Lives until SIGTERM or SIGINT; reloads at SIGHUP, and opens the access log anew at SIGUSR1. A
+    /// second signal to end does so at once.
     fn run_until_told(self, app: App) -> ExitCode {
         let Self {
             runtime,
             mut terminate,
             mut interrupt,
             mut hangup,
+            mut reopen,
         } = self;
         runtime.block_on(async {
             loop {
@@ -108,6 +113,7 @@ impl Signals {
                     _ = terminate.recv() => break,
                     _ = interrupt.recv() => break,
                     _ = hangup.recv() => app.request_reload(),
+                    _ = reopen.recv() => app.reopen_logs(),
                 }
             }
         });

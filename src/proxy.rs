@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use crate::backend::Lease;
 use crate::routing::Decision;
 use crate::snapshot::{Reader, Route, Snapshot};
-use crate::telemetry::metrics::Metrics;
+use crate::telemetry::metrics::WorkerMetrics;
 use crate::upstream::{Loan, Pools, SendError};
 
 use body::{Held, Progress, ReplyBody, RequestBody, UpstreamBody};
@@ -41,10 +41,8 @@ use timeouts::{Timeout, Timeouts, Timer};
 pub struct Proxy {
     live: Reader,
     pools: Rc<Pools<RequestBody>>,
-    metrics: Arc<Metrics>,
+    metrics: Rc<WorkerMetrics>,
     timeouts: Arc<Timeouts>,
-    /// The position of its worker among all.
-    worker: usize,
     dice: RefCell<fastrand::Rng>,
 }
 
@@ -53,7 +51,6 @@ struct Answer {
     response: Response<Incoming>,
     lease: Lease,
     loan: Loan<RequestBody>,
-    request_body: Progress,
     deadline: Option<Timeout>,
 }
 
@@ -82,16 +79,14 @@ impl Proxy {
     pub fn new(
         live: Reader,
         pools: Rc<Pools<RequestBody>>,
-        metrics: Arc<Metrics>,
+        metrics: WorkerMetrics,
         timeouts: Arc<Timeouts>,
-        worker: usize,
     ) -> Self {
         Self {
             live,
             pools,
-            metrics,
+            metrics: Rc::new(metrics),
             timeouts,
-            worker,
             dice: RefCell::new(fastrand::Rng::new()),
         }
     }
@@ -106,6 +101,16 @@ impl Proxy {
         &self.live
     }
 
+    /// Does what has to be done now and then: closes connections that nobody needs, and hands over
+    /// what the access log holds.
+    pub fn sweep(&self) {
+        let snapshot = self.live.current();
+        self.pools.sweep(&snapshot, std::time::Instant::now());
+        if let Some(log) = snapshot.access_log() {
+            log.flush();
+        }
+    }
+
     /// Serves a request; what goes wrong becomes a reply. From the call on the request is counted,
     /// even if the future is never polled.
     pub fn handle<'p>(
@@ -114,7 +119,8 @@ impl Proxy {
         request: Request<Incoming>,
     ) -> impl Future<Output = Response<ReplyBody>> + 'p {
         let snapshot = self.live.current();
-        let mut exchange = Exchange::begin(&self.metrics, self.worker, &request);
+        let log = snapshot.access_log();
+        let mut exchange = Exchange::begin(&self.metrics, log, &request);
         async move {
             match self.forward(&snapshot, peer, &mut exchange, request).await {
                 Ok(answer) => answer.into_response(exchange),
@@ -132,6 +138,7 @@ impl Proxy {
     ) -> Result<Answer, ProxyError> {
         let (mut parts, body) = request.into_parts();
         let origin = Origin::new(snapshot, peer, &parts.headers);
+        exchange.came_from(&origin);
         let survey = Survey::of(&parts.headers);
         let host = origin::host(&parts, survey)?;
         let head = origin::head(&parts, &host, origin.client);
@@ -142,7 +149,7 @@ impl Proxy {
         headers::refuse_ambiguous(&parts.headers, survey, &route.guarded_headers)?;
         let decision = route.decide(&head, origin.trusted, &mut || self.roll());
         let target = &route.targets[decision.target];
-        exchange.decided(target, decision.reason);
+        exchange.decided(route, &decision);
         let verdict = Verdict::new(&decision, route, &origin, snapshot);
         let lease = target
             .backend
@@ -151,9 +158,9 @@ impl Proxy {
 
         let endpoint = lease.endpoint();
         let backend = &target.backend;
-        let address = endpoint.address;
-        headers::prepare_request(&mut parts, survey, &body, route, backend, address, &origin);
+        headers::prepare_request(&mut parts, survey, &body, route, backend, endpoint, &origin);
         let (body, progress) = RequestBody::new(body, exchange.decided_at());
+        exchange.sent_to(endpoint, progress.clone());
         let request = Request::from_parts(parts, body);
         let sending = self.pools.send(backend, endpoint, request);
         let limits = Limits {
@@ -179,7 +186,6 @@ impl Proxy {
             response,
             lease,
             loan,
-            request_body: progress,
             deadline: limits.into_deadline(),
         })
     }
@@ -197,11 +203,10 @@ impl Answer {
             response,
             lease,
             loan,
-            request_body,
             deadline,
         } = self;
         response.map(|body| {
-            let held = Held::new(exchange, lease, loan, request_body);
+            let held = Held::new(exchange, lease, loan);
             ReplyBody::Upstream(UpstreamBody::new(body, held, deadline))
         })
     }

@@ -23,6 +23,7 @@ use crate::config::{self, Config};
 use crate::routing::gray::{Dice, Override, Rule, Step};
 use crate::routing::split::Split;
 use crate::routing::{BASELINE, Decision, Gray, Reason, RequestHead, RouteTable, UserList};
+use crate::telemetry::access_log::{AccessLog, WorkerLog};
 use crate::telemetry::metrics::{Metrics, TargetLabels, TargetMetrics};
 
 /// Counts the snapshots of a process, from 1.
@@ -42,6 +43,8 @@ pub struct Snapshot {
     pub routes: Vec<Arc<Route>>,
     /// The backends in the order of the file.
     pub backends: Vec<Arc<Backend>>,
+    /// Where a line for each request goes.
+    pub access_log: Option<Arc<AccessLog>>,
     table: RouteTable,
     connection_policies: HashMap<EndpointId, ConnectionPolicy>,
 }
@@ -99,7 +102,11 @@ pub struct Reader {
 }
 
 /// A snapshot that a worker holds on to.
-pub struct Held(Arc<Snapshot>);
+pub struct Held {
+    snapshot: Arc<Snapshot>,
+    /// The worker's end of its access log.
+    access_log: Option<Rc<WorkerLog>>,
+}
 
 /// Compiles a checked configuration. `lists` are its user lists in the order of the file.
 pub fn compile(
@@ -123,6 +130,7 @@ pub fn compile(
         revision,
         listeners: config.listeners.clone(),
         draining_listeners: Vec::new(),
+        access_log: None,
         routes: config
             .routes
             .iter()
@@ -357,16 +365,19 @@ impl Live {
 impl Reader {
     /// A view for the thread that calls.
     pub fn new(live: Arc<Live>) -> Self {
-        let held = RefCell::new(Rc::new(Held(live.load())));
-        Self { live, held }
+        let first = Held::follow(live.load(), None);
+        Self {
+            live,
+            held: RefCell::new(Rc::new(first)),
+        }
     }
 
     /// The current snapshot, held on to for as long as the caller likes.
     pub fn current(&self) -> Rc<Held> {
         let mut held = self.held.borrow_mut();
         let now = self.live.current.load();
-        if !std::ptr::eq(Arc::as_ptr(&now), Arc::as_ptr(&held.0)) {
-            *held = Rc::new(Held(Arc::clone(&now)));
+        if !std::ptr::eq(Arc::as_ptr(&now), Arc::as_ptr(&held.snapshot)) {
+            *held = Rc::new(Held::follow(Arc::clone(&now), Some(&held)));
         }
         Rc::clone(&held)
     }
@@ -378,17 +389,35 @@ impl fmt::Debug for Reader {
     }
 }
 
+impl Held {
+    fn follow(snapshot: Arc<Snapshot>, before: Option<&Self>) -> Self {
+        let log = before.and_then(|before| before.access_log.as_ref());
+        let access_log = WorkerLog::follow(log, snapshot.access_log.as_ref());
+        Self {
+            snapshot,
+            access_log,
+        }
+    }
+
+    /// The worker's end of the access log.
+    pub fn access_log(&self) -> Option<&Rc<WorkerLog>> {
+        self.access_log.as_ref()
+    }
+}
+
 impl std::ops::Deref for Held {
     type Target = Snapshot;
 
     fn deref(&self) -> &Snapshot {
-        &self.0
+        &self.snapshot
     }
 }
 
 impl fmt::Debug for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Held").field(&self.revision).finish()
+        f.debug_tuple("Held")
+            .field(&self.snapshot.revision)
+            .finish()
     }
 }
 

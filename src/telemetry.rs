@@ -1,4 +1,5 @@
 //! What operators see of the traffic.
 
+pub mod access_log;
 pub mod histogram;
 pub mod metrics;

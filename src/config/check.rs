@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::telemetry::access_log;
 use crate::telemetry::metrics::DEFAULT_BUCKETS;
 
 use super::document::{Node, Path};
@@ -26,8 +27,11 @@ use super::{Config, Listener, UserList, value};
 
 /// What checking needs of the world around the file.
 pub(super) struct Surroundings<'s> {
-    /// The directory that relative file names are relative to.
+    /// The directory that relative names of files to read are relative to.
     pub(super) directory: &'s FilePath,
+    /// The directory that relative names of files to write are relative to: beside the file, also
+    /// where those to read are in a generation of a Kubernetes volume.
+    pub(super) home: &'s FilePath,
     /// Reads a file that the configuration names; the error completes "`NAME` ...".
     pub(super) read: &'s dyn Fn(&FilePath) -> Result<Vec<u8>, String>,
     /// Seconds since 1970.
@@ -116,6 +120,7 @@ impl Checker<'_> {
             &shutdown,
         );
         let duration_buckets = self.buckets(file.telemetry.duration_buckets.as_deref(), &root);
+        let access_log = self.access_log(file.access_log.as_ref(), &root.key("accessLog"));
 
         let mut backend_names = self.names(
             "backend",
@@ -170,6 +175,7 @@ impl Checker<'_> {
             workers: file.workers,
             shutdown_timeout: shutdown_timeout?,
             duration_buckets: duration_buckets?,
+            access_log: access_log?,
             backends: backends?,
             user_lists: user_lists?,
             routes: routes?,
@@ -254,6 +260,32 @@ impl Checker<'_> {
             return None;
         }
         Some(buckets.to_vec())
+    }
+
+    fn access_log(
+        &mut self,
+        log: Option<&file::AccessLog>,
+        at: &Path,
+    ) -> Option<Option<access_log::Settings>> {
+        let Some(log) = log else { return Some(None) };
+        let home = self.around.home;
+        let output = self.parse(&log.output, &at.key("output"), |output| match output {
+            "" => Err("is neither `stdout` nor the name of a file".to_owned()),
+            "stdout" => Ok(access_log::Output::Stdout),
+            file => Ok(access_log::Output::File(home.join(file))),
+        })?;
+        Some(Some(access_log::Settings {
+            output,
+            format: match log.format {
+                file::LogFormat::Json => access_log::Format::Json,
+                file::LogFormat::Text => access_log::Format::Text,
+            },
+            user: match log.user {
+                file::LogUser::Hash => access_log::UserField::Hash,
+                file::LogUser::Plain => access_log::UserField::Plain,
+                file::LogUser::Omit => access_log::UserField::Omit,
+            },
+        }))
     }
 
     fn networks(&mut self, texts: &[String], at: &Path) -> Option<Arc<[IpNet]>> {

@@ -32,6 +32,9 @@ pub struct ConfigFile {
     /// What is measured, and how finely.
     #[serde(default)]
     pub telemetry: Telemetry,
+    /// A line for each request (default: none is written).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access_log: Option<AccessLog>,
     /// One entry per version of a service: its upstream pool.
     #[serde(default)]
     pub backends: Vec<Backend>,
@@ -105,6 +108,46 @@ pub struct Telemetry {
     /// Upper bounds of the latency histograms in seconds, ascending. A change needs a restart.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration_buckets: Option<Vec<f64>>,
+}
+
+/// A line for each request.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AccessLog {
+    /// `stdout`, or the name of a file, relative to the configuration file. SIGUSR1 opens the file
+    /// anew, after it has been renamed.
+    pub output: String,
+    /// How lines are written (default `json`).
+    #[serde(default)]
+    pub format: LogFormat,
+    /// How the user's id is written (default `hash`).
+    #[serde(default)]
+    pub user: LogUser,
+}
+
+/// How a line of the access log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum LogFormat {
+    /// A JSON object.
+    #[default]
+    Json,
+    /// The same fields as `key=value` (logfmt).
+    Text,
+}
+
+/// How the user's id is written into the access log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum LogUser {
+    /// Its XXH3 hash, a pseudonym: lines of one user belong together, and whoever knows the id can
+    /// find them.
+    #[default]
+    Hash,
+    /// As it is.
+    Plain,
+    /// Not at all.
+    Omit,
 }
 
 /// One version of a service: its upstream pool.

@@ -143,6 +143,7 @@ fn load_in(
     let files = std::cell::RefCell::new(Vec::new());
     let around = Surroundings {
         directory,
+        home: home(path),
         read: &|name| {
             files.borrow_mut().push((name.to_owned(), stamp(name)));
             read_settled(name, LARGEST_FILE)
@@ -222,11 +223,16 @@ pub fn stamp(path: &FilePath) -> Option<Stamp> {
 /// generation of files that is current now, so that a swap between two reads cannot mix
 /// generations.
 pub fn generation_directory(path: &FilePath) -> PathBuf {
-    let directory = match path.parent() {
+    let home = home(path);
+    fs::canonicalize(home.join("..data")).unwrap_or_else(|_| home.to_owned())
+}
+
+/// The directory that a file is in.
+fn home(path: &FilePath) -> &FilePath {
+    match path.parent() {
         Some(parent) if parent != FilePath::new("") => parent,
         _ => FilePath::new("."),
-    };
-    fs::canonicalize(directory.join("..data")).unwrap_or_else(|_| directory.to_owned())
+    }
 }
 
 impl ListFailure {

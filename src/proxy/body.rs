@@ -40,6 +40,7 @@ pub enum Progress {
 pub struct Stage {
     last: Instant,
     state: BodyState,
+    bytes: u64,
 }
 
 /// Whose turn it is with the body of a request.
@@ -79,8 +80,6 @@ pub(super) struct Held {
     /// Counts the request as in flight at its endpoint.
     _lease: Lease,
     loan: Loan<RequestBody>,
-    /// The request's own body, which may still be on its way.
-    request_body: Progress,
 }
 
 /// Why the body of a response breaks off.
@@ -103,6 +102,7 @@ impl RequestBody {
             Progress::Body(Rc::new(Cell::new(Stage {
                 last: now,
                 state: BodyState::Moving,
+                bytes: 0,
             })))
         };
         (
@@ -126,8 +126,14 @@ impl Body for RequestBody {
         let polled = Pin::new(&mut self.incoming).poll_frame(cx);
         match &polled {
             Poll::Pending => self.progress.await_client(),
-            Poll::Ready(Some(Err(error))) => self.progress.moved(BodyState::broken_by(error)),
-            Poll::Ready(_) => self.progress.moved(BodyState::Moving),
+            Poll::Ready(Some(Err(error))) => self.progress.moved(BodyState::broken_by(error), 0),
+            Poll::Ready(frame) => {
+                let data = frame
+                    .as_ref()
+                    .and_then(|frame| frame.as_ref().ok()?.data_ref());
+                let bytes = data.map_or(0, Bytes::len);
+                self.progress.moved(BodyState::Moving, bytes);
+            }
         }
         polled
     }
@@ -185,15 +191,24 @@ impl Progress {
             Self::NoBody(since) => Stage {
                 last: *since,
                 state: BodyState::Moving,
+                bytes: 0,
             },
             Self::Body(stage) => stage.get(),
         }
     }
 
-    fn moved(&self, state: BodyState) {
+    /// How much of the body has come.
+    pub fn bytes(&self) -> u64 {
+        self.stage().bytes
+    }
+
+    fn moved(&self, state: BodyState, bytes: usize) {
         if let Self::Body(stage) = self {
-            let last = Instant::now();
-            stage.set(Stage { last, state });
+            stage.set(Stage {
+                last: Instant::now(),
+                state,
+                bytes: stage.get().bytes + bytes as u64,
+            });
         }
     }
 
@@ -250,17 +265,11 @@ impl Body for ReplyBody {
 // === impl Held ===
 
 impl Held {
-    pub(super) fn new(
-        exchange: Exchange,
-        lease: Lease,
-        loan: Loan<RequestBody>,
-        request_body: Progress,
-    ) -> Self {
+    pub(super) fn new(exchange: Exchange, lease: Lease, loan: Loan<RequestBody>) -> Self {
         Self {
             exchange,
             _lease: lease,
             loan,
-            request_body,
         }
     }
 }
@@ -289,6 +298,10 @@ impl UpstreamBody {
             return Poll::Ready(Some(Err(BodyError::Deadline)));
         }
         let frame = ready!(polled);
+        if let (Some(held), Some(Ok(frame))) = (&mut self.held, &frame) {
+            let bytes = frame.data_ref().map_or(0, Bytes::len);
+            held.exchange.sent(bytes);
+        }
         match &frame {
             None => self.end(),
             Some(Ok(_)) if self.incoming.is_end_stream() => self.end(),
@@ -314,10 +327,9 @@ impl UpstreamBody {
     /// The body broke off: the exchange is over, and the connection is closed. The upstream is to
     /// blame for `error`, unless the connection broke because the client broke off its own body.
     fn fail(&mut self, error: Option<&'static str>) {
-        if let Some(held) = self.held.take()
+        if let Some(mut held) = self.held.take()
             && let Some(error) = error
-            && !held.request_body.client_is_gone()
-            && !held.request_body.is_malformed()
+            && !held.exchange.was_broken_by_client()
         {
             held.exchange.upstream_failed(error);
         }

@@ -143,8 +143,10 @@ impl ProxyError {
             exchange.upstream_failed(self.token());
         }
         let status = self.status();
-        exchange.replied(status);
-        let mut response = Response::new(ReplyBody::local(format!("{status}: {}\n", self.words())));
+        exchange.replied(status, self.token());
+        let text = format!("{status}: {}\n", self.words());
+        exchange.sent(text.len());
+        let mut response = Response::new(ReplyBody::local(text));
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(

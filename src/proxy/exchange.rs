@@ -1,23 +1,28 @@
 //! The record of one request, and its single end.
 
+use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
-use http::{Request, StatusCode};
+use http::header::{HOST, USER_AGENT};
+use http::{Request, StatusCode, Version};
 use tokio::time::Instant;
 
-use crate::routing::Reason;
-use crate::snapshot::RouteTarget;
-use crate::telemetry::metrics::{MethodLabel, Metrics, Protocol, TargetMetrics};
+use crate::backend::Endpoint;
+use crate::routing::Decision;
+use crate::snapshot::Route;
+use crate::telemetry::access_log::{Line, LogValue, WorkerLog};
+use crate::telemetry::metrics::{MethodLabel, Protocol, TargetMetrics, WorkerMetrics};
 
+use super::body::Progress;
 use super::error::client_gone;
+use super::origin::Origin;
 
-/// Counts one request, whatever becomes of it: it is finished by being dropped, with its response
-/// or without.
+/// Counts and logs one request, whatever becomes of it: it is finished by being dropped, with its
+/// response or without.
 #[derive(Debug)]
 pub struct Exchange {
-    metrics: Arc<Metrics>,
-    /// Whose part of the histograms it goes to.
-    worker: usize,
+    metrics: Rc<WorkerMetrics>,
     started: Instant,
     /// When a backend had been chosen.
     decided: Instant,
@@ -27,23 +32,43 @@ pub struct Exchange {
     target: Option<Arc<TargetMetrics>>,
     /// What the client is sent; `None` until something is.
     status: Option<StatusCode>,
+    /// The request's own body, which may still be on its way.
+    request_body: Option<Progress>,
+    /// How much of the response's body the client was sent.
+    bytes_out: u64,
+    /// Its line in the access log, if there is one; boxed, since an exchange is moved a few times.
+    entry: Option<Box<Entry>>,
+}
+
+/// A line of the access log, and what is added at its end.
+#[derive(Debug)]
+struct Entry {
+    line: Line,
+    upstream: Option<Duration>,
+    error: Option<&'static str>,
 }
 
 // === impl Exchange ===
 
 impl Exchange {
     /// Begins with the head of a request; it belongs to no route yet.
-    pub fn begin<B>(metrics: &Arc<Metrics>, worker: usize, request: &Request<B>) -> Self {
+    pub fn begin<B>(
+        metrics: &Rc<WorkerMetrics>,
+        log: Option<&Rc<WorkerLog>>,
+        request: &Request<B>,
+    ) -> Self {
         let started = Instant::now();
         Self {
-            metrics: Arc::clone(metrics),
-            worker,
+            metrics: Rc::clone(metrics),
             started,
             decided: started,
             method: MethodLabel::from(request.method()),
             protocol: Protocol::from(request.version()),
             target: None,
             status: None,
+            request_body: None,
+            bytes_out: 0,
+            entry: log.map(|log| Box::new(Entry::begin(log, started, request))),
         }
     }
 
@@ -57,31 +82,76 @@ impl Exchange {
         self.decided
     }
 
-    /// From now on it counts for this target.
-    pub fn decided(&mut self, target: &RouteTarget, reason: Reason) {
+    /// It is known who sent it.
+    pub fn came_from(&mut self, origin: &Origin<'_>) {
+        if let Some(entry) = &mut self.entry {
+            entry.text("client_ip", &origin.client_text());
+        }
+    }
+
+    /// From now on it counts for the target of this decision.
+    pub fn decided(&mut self, route: &Route, decision: &Decision<'_>) {
+        let target = &route.targets[decision.target];
         target.metrics.in_flight().rise();
         self.target = Some(Arc::clone(&target.metrics));
         self.decided = Instant::now();
-        target.metrics.count_decision(&self.metrics, reason);
+        target
+            .metrics
+            .count_decision(&self.metrics.all, decision.reason);
+        if let Some(entry) = &mut self.entry {
+            entry.decided(route, decision);
+        }
+    }
+
+    /// It is on its way to this endpoint, and its body with it.
+    pub fn sent_to(&mut self, endpoint: &Endpoint, body: Progress) {
+        self.request_body = Some(body);
+        if let Some(entry) = &mut self.entry {
+            entry.text("endpoint", &endpoint.authority);
+        }
     }
 
     /// The head of the upstream's response is here.
     pub fn answered(&mut self, status: StatusCode) {
+        let upstream = self.decided.elapsed();
         if let Some(target) = &self.target {
-            target.count_response_head(self.worker, self.decided.elapsed());
+            target.count_response_head(self.metrics.worker, upstream);
+        }
+        if let Some(entry) = &mut self.entry {
+            entry.upstream = Some(upstream);
         }
         self.status = Some(status);
     }
 
-    /// The client is sent a reply of our own.
-    pub fn replied(&mut self, status: StatusCode) {
+    /// So many bytes of the response's body are on their way to the client.
+    pub fn sent(&mut self, bytes: usize) {
+        self.bytes_out += bytes as u64;
+    }
+
+    /// The client is sent a reply of our own, because of this error.
+    pub fn replied(&mut self, status: StatusCode, error: &'static str) {
         self.status = Some(status);
+        self.failed(error);
     }
 
     /// The upstream brought no whole response.
-    pub fn upstream_failed(&self, error: &'static str) {
+    pub fn upstream_failed(&mut self, error: &'static str) {
         if let Some(target) = &self.target {
-            target.count_upstream_error(&self.metrics, error);
+            target.count_upstream_error(&self.metrics.all, error);
+        }
+        self.failed(error);
+    }
+
+    /// True when the client went away within its body, or sent something that is no body.
+    pub fn was_broken_by_client(&self) -> bool {
+        self.request_body
+            .as_ref()
+            .is_some_and(|body| body.client_is_gone() || body.is_malformed())
+    }
+
+    fn failed(&mut self, error: &'static str) {
+        if let Some(entry) = &mut self.entry {
+            entry.error = Some(error);
         }
     }
 }
@@ -90,17 +160,101 @@ impl Drop for Exchange {
     /// A client that went away before it was sent a status counts as 499, nginx's code for it.
     fn drop(&mut self) {
         let status = self.status.unwrap_or_else(client_gone);
-        let target = self.target.as_ref().unwrap_or(self.metrics.unrouted());
+        let duration = self.started.elapsed();
+        let metrics = &self.metrics;
+        let target = self.target.as_ref().unwrap_or(metrics.all.unrouted());
         target.count_request(
-            &self.metrics,
-            self.worker,
+            &metrics.all,
+            metrics.worker,
             self.method,
             status,
             self.protocol,
-            self.started.elapsed(),
+            duration,
         );
         if let Some(target) = &self.target {
             target.in_flight().fall();
         }
+        if let Some(entry) = self.entry.take() {
+            let bytes_in = self.request_body.as_ref().map_or(0, Progress::bytes);
+            entry.end(status, duration, bytes_in, self.bytes_out);
+        }
+    }
+}
+
+// === impl Entry ===
+
+impl Entry {
+    /// The path goes without its query, which may hold secrets, or the user's id.
+    fn begin<B>(log: &Rc<WorkerLog>, started: Instant, request: &Request<B>) -> Self {
+        let headers = request.headers();
+        let uri = request.uri();
+        let mut line = Line::begin(log, started.into_std());
+        line.field(
+            "method",
+            LogValue::Bytes(request.method().as_str().as_bytes()),
+        );
+        let authority = uri
+            .authority()
+            .map(|authority| authority.as_str().as_bytes());
+        let host = headers.get(HOST).map(|host| host.as_bytes());
+        if let Some(host) = authority.or(host) {
+            line.field("host", LogValue::Bytes(host));
+        }
+        line.field("path", LogValue::Bytes(uri.path().as_bytes()));
+        line.field("protocol", LogValue::Text(protocol(request.version())));
+        if let Some(agent) = headers.get(USER_AGENT) {
+            line.field("user_agent", LogValue::Bytes(agent.as_bytes()));
+        }
+        Self {
+            line,
+            upstream: None,
+            error: None,
+        }
+    }
+
+    fn decided(&mut self, route: &Route, decision: &Decision<'_>) {
+        let backend = &route.targets[decision.target].backend;
+        self.text("route", &route.name);
+        self.text("backend", &backend.name);
+        self.text("version", &backend.version);
+        self.text("reason", decision.reason.as_str());
+        if let Some(rule) = decision.rule {
+            self.text("rule", rule);
+        }
+        if let Some(identity) = &decision.identity {
+            self.line.user(&identity.value);
+        }
+    }
+
+    fn end(self, status: StatusCode, duration: Duration, bytes_in: u64, bytes_out: u64) {
+        let Self {
+            mut line,
+            upstream,
+            error,
+        } = self;
+        line.field("status", LogValue::Number(status.as_u16().into()));
+        if let Some(upstream) = upstream {
+            line.field("upstream_ms", LogValue::Milliseconds(upstream));
+        }
+        line.field("duration_ms", LogValue::Milliseconds(duration));
+        line.field("bytes_in", LogValue::Number(bytes_in));
+        line.field("bytes_out", LogValue::Number(bytes_out));
+        if let Some(error) = error {
+            line.field("error", LogValue::Text(error));
+        }
+        line.end();
+    }
+
+    fn text(&mut self, key: &'static str, value: &str) {
+        self.line.field(key, LogValue::Text(value));
+    }
+}
+
+fn protocol(version: Version) -> &'static str {
+    match version {
+        Version::HTTP_10 => "HTTP/1.0",
+        Version::HTTP_11 => "HTTP/1.1",
+        Version::HTTP_2 => "HTTP/2",
+        _ => "unknown",
     }
 }

@@ -1,8 +1,6 @@
 //! What a gateway does to header sections: hop-by-hop fields go, forwarding fields come, the
 //! configured edits happen.
 
-use std::net::SocketAddr;
-
 use http::header::{
     CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName,
     HeaderValue, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VARY,
@@ -11,7 +9,7 @@ use http::request::Parts;
 use http::{Uri, Version};
 use hyper::body::Body;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Endpoint};
 use crate::routing::identity::ANONYMOUS_COOKIE;
 use crate::routing::request::text;
 use crate::routing::{BASELINE, Decision};
@@ -170,7 +168,7 @@ pub fn prepare_request(
     body: &impl Body,
     route: &Route,
     backend: &Backend,
-    endpoint: SocketAddr,
+    endpoint: &Endpoint,
     origin: &Origin<'_>,
 ) {
     let headers = &mut parts.headers;
@@ -198,7 +196,7 @@ pub fn prepare_request(
     let host = host.or_else(|| authority_value(&parts.uri).inspect(|host| set_host(headers, host)));
     forward(headers, survey, origin, host.as_ref());
     if host.is_none()
-        && let Ok(host) = HeaderValue::try_from(endpoint.to_string())
+        && let Ok(host) = HeaderValue::from_str(&endpoint.authority)
     {
         // HTTP/1.0 does without Host, the endpoint's HTTP/1.1 does not.
         set_host(headers, &host);

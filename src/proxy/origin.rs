@@ -92,6 +92,16 @@ impl<'p> Origin<'p> {
     }
 }
 
+impl Origin<'_> {
+    /// The client as text.
+    pub fn client_text(&self) -> Cow<'_, str> {
+        match self.peer.forwarded.to_str() {
+            Ok(peer) if self.client == self.peer.address.ip().to_canonical() => peer.into(),
+            _ => self.client.to_string().into(),
+        }
+    }
+}
+
 /// What routing reads of a request by `client`.
 pub fn head<'a>(parts: &'a Parts, host: &'a str, client: IpAddr) -> RequestHead<'a> {
     RequestHead {

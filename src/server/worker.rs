@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
@@ -25,12 +25,12 @@ use crate::proxy::Proxy;
 use crate::proxy::origin::Peer;
 use crate::proxy::timeouts::Timeouts;
 use crate::snapshot::{Live, Reader};
-use crate::telemetry::metrics::{Metrics, Up};
+use crate::telemetry::metrics::{Metrics, Up, WorkerMetrics};
 use crate::upstream::Pools;
 
 use super::Phase;
 
-/// How often idle connections to endpoints are looked at.
+/// How often idle connections to endpoints are looked at, and lines of the access log handed over.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a connection that has to end waits for a request, so as to say with its response that it
@@ -141,13 +141,11 @@ impl Worker {
         tokio::task::spawn_local(Arc::clone(&timeouts).run());
         let mut published = self.live.subscribe();
         let reader = Reader::new(self.live);
-        let proxy = Proxy::new(
-            reader,
-            Rc::clone(&pools),
-            self.metrics,
-            timeouts,
-            self.index,
-        );
+        let metrics = WorkerMetrics {
+            all: self.metrics,
+            worker: self.index,
+        };
+        let proxy = Proxy::new(reader, Rc::clone(&pools), metrics, timeouts);
         let proxy = Rc::new(proxy);
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
         loop {
@@ -158,8 +156,8 @@ impl Worker {
                 },
                 // A worker without requests would hold on to the old snapshot, with its user lists,
                 // for as long.
-                _ = published.changed() => pools.sweep(&proxy.live().current(), Instant::now()),
-                _ = sweep.tick() => pools.sweep(&proxy.live().current(), Instant::now()),
+                _ = published.changed() => proxy.sweep(),
+                _ = sweep.tick() => proxy.sweep(),
             }
         }
     }

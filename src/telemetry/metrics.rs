@@ -46,6 +46,15 @@ pub struct Metrics {
     config_info: Mutex<(u64, u64)>,
 }
 
+/// The metrics as one worker uses them.
+#[derive(Debug)]
+pub struct WorkerMetrics {
+    /// All there are.
+    pub all: Arc<Metrics>,
+    /// Its position among the workers: whose part of the histograms it writes to.
+    pub worker: usize,
+}
+
 /// What a request is counted under.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TargetLabels {
@@ -200,6 +209,10 @@ const DEFINITIONS: &[Definition] = &[
         "serin_user_list_expiry_timestamp_seconds",
         Some(Unit::Seconds),
         "When the list should be gone, where the configuration says so.",
+    ),
+    counter(
+        "serin_access_log_dropped_total",
+        "Lines of the access log that could not be written.",
     ),
     gauge("serin_workers", None, "Worker threads."),
     gauge(

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::Receiver;
 
-use crate::support::{PATIENCE, Raw, Upstream, eventually, get, shop, single, with_head};
+use crate::support::{Client, PATIENCE, Raw, Upstream, eventually, get, shop, single, with_head};
 
 fn serin(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_serin"));
@@ -44,6 +44,7 @@ impl Running {
     fn start(config: &Path) -> Self {
         let config = config.to_str().unwrap();
         let mut child = serin(&["run", "--config", config])
+            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -258,6 +259,51 @@ async fn a_second_signal_ends_at_once() {
     running.wait_for("no longer listening");
     running.signal("-TERM");
     assert_eq!(running.child.wait().unwrap().code(), Some(143));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_access_log_is_opened_anew_at_sigusr1() {
+    let upstream = Upstream::start("one").await;
+    let directory = tempfile::tempdir().unwrap();
+    let (log, old) = (
+        directory.path().join("a.log"),
+        directory.path().join("a.log.1"),
+    );
+    let path = directory.path().join("serin.yaml");
+    let config = "accessLog: { output: a.log }\n".to_owned() + &single(upstream.address, "");
+    fs::write(&path, with_head(&config)).unwrap();
+    let mut running = Running::start(&path);
+    let web = Running::address(&running.wait_for(" listening "), "address=");
+    get(web, "/old", &[]).await;
+    let has = |file: &Path, what| fs::read_to_string(file).unwrap_or_default().contains(what);
+    eventually("the line is written", || has(&log, "/old")).await;
+    fs::rename(&log, &old).unwrap();
+    running.signal("-USR1");
+    running.wait_for("opened anew");
+    get(web, "/new", &[]).await;
+    eventually("the line is written", || has(&log, "/new")).await;
+    assert!(!has(&old, "/new") && !has(&log, "/old"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standard_output_that_nobody_reads_holds_up_neither_requests_nor_the_end() {
+    let upstream = Upstream::start("one").await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("serin.yaml");
+    let config = "accessLog: { output: stdout }\n".to_owned() + &single(upstream.address, "");
+    fs::write(&path, with_head(&config)).unwrap();
+    let mut running = Running::start(&path);
+    let web = Running::address(&running.wait_for(" listening "), "address=");
+    let mut client = Client::connect(web).await;
+    // A pipe holds 64 KiB.
+    let long = format!("/{}", "x".repeat(3000));
+    for _ in 0..100 {
+        assert_eq!(client.get(&long, &[]).await.text(), "one");
+    }
+    drop(client);
+    running.signal("-TERM");
+    running.wait_for("could not be written in time");
+    assert_eq!(running.child.wait().unwrap().code(), Some(0));
 }
 
 #[test]
