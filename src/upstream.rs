@@ -10,11 +10,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::stream::Stream;
 use hashbrown::HashMap;
 use http::{Request, Response};
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
@@ -172,7 +172,7 @@ where
     ) -> Result<Connection<B>, SendError> {
         let level = self.register(backend, endpoint.id);
         let stream = dial(endpoint, backend.connections.connect_timeout).await?;
-        let (sender, driver) = http1::handshake::<_, B>(TokioIo::new(stream))
+        let (sender, driver) = http1::handshake::<_, B>(Stream::new(stream))
             .await
             .map_err(SendError::Exchange)?;
         let up = level.up();

@@ -13,10 +13,10 @@ use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::stream::Stream;
 use http::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 use tracing::debug;
@@ -192,7 +192,7 @@ async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
     let connection = http1::Builder::new()
         .timer(proxy.timer())
         .header_read_timeout(proxy.live().current().idle_timeout(peer.listener))
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(Stream::new(stream), service);
     let mut connection = pin!(connection);
     let told = phase.clone();
     let drain = async {
