@@ -82,21 +82,23 @@ impl WorkerHandle {
         metrics: Arc<Metrics>,
     ) -> io::Result<(Self, JoinHandle<()>)> {
         let (sender, inbox) = mpsc::unbounded_channel();
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        let run = move || {
-            let worker = Worker {
-                index,
-                inbox,
-                live,
-                metrics,
-            };
-            runtime.block_on(tokio::task::LocalSet::new().run_until(worker.run()));
+        let worker = Worker {
+            index,
+            inbox,
+            live,
+            metrics,
         };
+        let (started, has_started) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name(format!("serin-work-{index}"))
-            .spawn(run)?;
+            .spawn(move || match local_runtime() {
+                Ok(runtime) => {
+                    let _ = started.send(Ok(()));
+                    runtime.block_on(worker.run());
+                }
+                Err(error) => drop(started.send(Err(error))),
+            })?;
+        has_started.recv().map_err(io::Error::other)??;
         Ok((
             Self {
                 inbox: sender,
@@ -161,6 +163,14 @@ impl Worker {
             }
         }
     }
+}
+
+/// A runtime for tasks that stay on its thread. Beside a `LocalSet` on an ordinary one it saves a
+/// second queue of tasks.
+fn local_runtime() -> io::Result<tokio::runtime::LocalRuntime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build_local(tokio::runtime::LocalOptions::default())
 }
 
 /// Serves a connection to its end. The place where HTTP/2 will branch off.
