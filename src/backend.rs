@@ -94,19 +94,19 @@ impl Backend {
     /// Chooses an endpoint for one request: of two drawn by lot the one with fewer requests in
     /// flight (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001). `None`
     /// when it takes no requests.
-    pub fn lease(&self, die: u64) -> Option<Lease> {
+    pub fn choose(&self, die: u64) -> Option<&Arc<Endpoint>> {
         if self.disabled {
             return None;
         }
-        let endpoint = match self.endpoints.as_slice() {
-            [] => return None,
-            [only] => only,
+        match self.endpoints.as_slice() {
+            [] => None,
+            [only] => Some(only),
             many => {
                 let (one, other) = two_of(many.len(), die);
-                std::cmp::min_by_key(&many[one], &many[other], |endpoint| endpoint.in_flight())
+                let less = |endpoint: &&Arc<Endpoint>| endpoint.in_flight();
+                Some(std::cmp::min_by_key(&many[one], &many[other], less))
             }
-        };
-        Some(Lease::new(endpoint))
+        }
     }
 }
 
@@ -130,6 +130,14 @@ impl HeaderEdits {
 // === impl Endpoint ===
 
 impl Endpoint {
+    /// The right to send it one request.
+    pub fn lease(self: &Arc<Self>) -> Lease {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        Lease {
+            endpoint: Arc::clone(self),
+        }
+    }
+
     /// Requests sent to it whose response has not ended.
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::Relaxed)
@@ -137,20 +145,6 @@ impl Endpoint {
 }
 
 // === impl Lease ===
-
-impl Lease {
-    fn new(endpoint: &Arc<Endpoint>) -> Self {
-        endpoint.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self {
-            endpoint: Arc::clone(endpoint),
-        }
-    }
-
-    /// The endpoint to send to.
-    pub fn endpoint(&self) -> &Endpoint {
-        &self.endpoint
-    }
-}
 
 impl Drop for Lease {
     fn drop(&mut self) {
@@ -242,10 +236,10 @@ mod tests {
     #[test]
     fn the_less_loaded_of_two_is_chosen_and_a_lease_ends_with_its_owner() {
         let (backend, _) = backend(2);
-        let first = backend.lease(0).unwrap();
-        let busy = first.endpoint().id;
-        let second = backend.lease(0).unwrap();
-        assert_ne!(busy, second.endpoint().id);
+        let first = backend.choose(0).unwrap().lease();
+        let busy = first.endpoint.id;
+        let second = backend.choose(0).unwrap().lease();
+        assert_ne!(busy, second.endpoint.id);
         drop((first, second));
         assert_eq!(
             backend
@@ -262,7 +256,7 @@ mod tests {
         let (backend, _) = backend(10);
         let mut dice = fastrand::Rng::with_seed(1);
         let _leases: Vec<_> = (0..1000)
-            .map(|_| backend.lease(dice.u64(..)).unwrap())
+            .map(|_| backend.choose(dice.u64(..)).unwrap().lease())
             .collect();
         for endpoint in &backend.endpoints {
             assert!(
@@ -278,10 +272,10 @@ mod tests {
         let (mut backend, _) = backend(1);
         assert!(backend.is_available());
         backend.disabled = true;
-        assert!(backend.lease(0).is_none() && !backend.is_available());
+        assert!(backend.choose(0).is_none() && !backend.is_available());
         backend.disabled = false;
         backend.endpoints.clear();
-        assert!(backend.lease(0).is_none() && !backend.is_available());
+        assert!(backend.choose(0).is_none() && !backend.is_available());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! One request's way: accept, route, split, balance, forward, observe.
 //!
-//! `Proxy::forward` is that way and fits on a screen; what it calls is in the modules beside it.
+//! `Proxy::route` and `Proxy::forward` are that way and fit on a screen; what they call is in the
+//! modules beside them.
 //! Each worker has a `Proxy` of its own, and all that a request reads comes from the one
 //! [`Snapshot`] that it took at its beginning.
 
@@ -13,7 +14,7 @@ pub mod timeouts;
 
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, ready};
@@ -23,9 +24,9 @@ use http::{HeaderValue, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
-use crate::backend::Lease;
+use crate::backend::{Endpoint, Lease};
 use crate::routing::Decision;
-use crate::snapshot::{Reader, Route, Snapshot};
+use crate::snapshot::{Reader, Route, RouteTarget, Snapshot};
 use crate::telemetry::metrics::WorkerMetrics;
 use crate::upstream::{Loan, Pools, SendError};
 
@@ -44,6 +45,18 @@ pub struct Proxy {
     metrics: Rc<WorkerMetrics>,
     timeouts: Arc<Timeouts>,
     dice: RefCell<fastrand::Rng>,
+}
+
+/// A request that is ready to go to its endpoint.
+struct Routed<'s> {
+    request: Request<RequestBody>,
+    /// How far its body has come.
+    progress: Progress,
+    route: &'s Route,
+    target: &'s RouteTarget,
+    verdict: Verdict,
+    endpoint: &'s Endpoint,
+    lease: Lease,
 }
 
 /// The head of an upstream's response, with what has to be held on to until its body ends.
@@ -122,20 +135,29 @@ impl Proxy {
         let log = snapshot.access_log();
         let mut exchange = Exchange::begin(&self.metrics, log, &request);
         async move {
-            match self.forward(&snapshot, peer, &mut exchange, request).await {
+            let outcome = match self.route(&snapshot, peer, &mut exchange, request) {
+                Ok(routed) => self.forward(routed, &mut exchange).await,
+                Err(error) => Err(error),
+            };
+            match outcome {
                 Ok(answer) => answer.into_response(exchange),
                 Err(error) => error.reply(exchange),
             }
         }
     }
 
-    async fn forward(
+    /// Decides where a request goes, and makes it ready to go there.
+    ///
+    /// Apart from [`forward`](Self::forward), since all that an `async fn` ever borrows stays in its
+    /// future: as one, they had futures of three times the size, which are moved with each request
+    /// and kept with each connection.
+    fn route<'s>(
         &self,
-        snapshot: &Snapshot,
+        snapshot: &'s Snapshot,
         peer: &Peer,
         exchange: &mut Exchange,
         request: Request<Incoming>,
-    ) -> Result<Answer, ProxyError> {
+    ) -> Result<Routed<'s>, ProxyError> {
         let (mut parts, body) = request.into_parts();
         let origin = Origin::new(snapshot, peer, &parts.headers);
         exchange.came_from(&origin);
@@ -151,18 +173,39 @@ impl Proxy {
         let target = &route.targets[decision.target];
         exchange.decided(route, &decision);
         let verdict = Verdict::new(&decision, route, &origin, snapshot);
-        let lease = target
-            .backend
-            .lease(self.roll())
-            .ok_or(ProxyError::NoEndpoint)?;
 
-        let endpoint = lease.endpoint();
         let backend = &target.backend;
+        let endpoint = backend.choose(self.roll()).ok_or(ProxyError::NoEndpoint)?;
         headers::prepare_request(&mut parts, survey, &body, route, backend, endpoint, &origin);
         let (body, progress) = RequestBody::new(body, exchange.decided_at());
         exchange.sent_to(endpoint, progress.clone());
-        let request = Request::from_parts(parts, body);
-        let sending = self.pools.send(backend, endpoint, request);
+        Ok(Routed {
+            request: Request::from_parts(parts, body),
+            progress,
+            route,
+            target,
+            verdict,
+            endpoint,
+            lease: endpoint.lease(),
+        })
+    }
+
+    /// Sends a request on its way, and makes the head of the response ready for the client.
+    fn forward<'f>(
+        &'f self,
+        routed: Routed<'f>,
+        exchange: &'f mut Exchange,
+    ) -> impl Future<Output = Result<Answer, ProxyError>> + 'f {
+        let Routed {
+            request,
+            progress,
+            route,
+            target,
+            verdict,
+            endpoint,
+            lease,
+        } = routed;
+        let mut sending = self.pools.send(&target.backend, endpoint, request);
         let limits = Limits {
             silence: route.backend_timeout,
             deadline: route
@@ -170,24 +213,26 @@ impl Proxy {
                 .map(|limit| exchange.started() + limit),
             timeout: self.timeouts.timeout(),
         };
-        let (mut response, loan) = limits.wait(sending, &progress).await?;
+        async move {
+            let (mut response, loan) = limits.wait(sending.as_mut(), &progress).await?;
 
-        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            // Nobody asked: the upgrade fields were taken out of the request.
-            return Err(ProxyError::UnaskedUpgrade);
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                // Nobody asked: the upgrade fields were taken out of the request.
+                return Err(ProxyError::UnaskedUpgrade);
+            }
+            let survey = Survey::of(response.headers());
+            let refusal = || ProxyError::UnknownCoding;
+            headers::refuse_transfer_coding(response.headers(), survey, refusal)?;
+            *response.version_mut() = Version::HTTP_11;
+            exchange.answered(response.status());
+            headers::prepare_response(response.headers_mut(), survey, route, target, &verdict);
+            Ok(Answer {
+                response,
+                lease,
+                loan,
+                deadline: limits.into_deadline(),
+            })
         }
-        let survey = Survey::of(response.headers());
-        let refusal = || ProxyError::UnknownCoding;
-        headers::refuse_transfer_coding(response.headers(), survey, refusal)?;
-        *response.version_mut() = Version::HTTP_11;
-        exchange.answered(response.status());
-        headers::prepare_response(response.headers_mut(), survey, route, target, &verdict);
-        Ok(Answer {
-            response,
-            lease,
-            loan,
-            deadline: limits.into_deadline(),
-        })
     }
 
     fn roll(&self) -> u64 {
@@ -242,10 +287,9 @@ impl Limits {
     /// Waits for the head of a response, but not for ever.
     async fn wait<T>(
         &self,
-        sending: impl Future<Output = Result<T, SendError>>,
+        mut sending: Pin<&mut impl Future<Output = Result<T, SendError>>>,
         progress: &Progress,
     ) -> Result<T, ProxyError> {
-        let mut sending = pin!(sending);
         self.timeout.set(self.next(progress));
         poll_fn(|cx| {
             loop {

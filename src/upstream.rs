@@ -6,6 +6,7 @@
 //! authority from the dialled address, and costs more.
 
 use std::cell::RefCell;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -67,6 +68,9 @@ pub struct Loan<B> {
     connection: Connection<B>,
 }
 
+/// A response, or why there is none, with the request if not a byte of it was written.
+type Exchanged<B> = Result<(Response<Incoming>, Loan<B>), (hyper::Error, Option<Box<Request<B>>>)>;
+
 /// Why there is no response.
 #[derive(Debug)]
 pub enum SendError {
@@ -102,7 +106,31 @@ where
     /// # Errors
     ///
     /// See [`SendError`].
-    pub async fn send(
+    pub fn send<'s>(
+        self: &'s Rc<Self>,
+        backend: &'s Backend,
+        endpoint: &'s Endpoint,
+        request: Request<B>,
+    ) -> Pin<Box<impl Future<Output = Result<(Response<Incoming>, Loan<B>), SendError>> + 's>> {
+        let begun = match self.take_idle(endpoint.id) {
+            Some(connection) => Ok(self.exchange(endpoint.id, connection, request)),
+            None => Err(Box::new(request)),
+        };
+        Box::pin(async move {
+            let unsent = match begun {
+                Ok(exchange) => match exchange.await {
+                    Ok(answer) => return Ok(answer),
+                    Err((error, None)) => return Err(SendError::Exchange(error)),
+                    Err((_, Some(unsent))) => unsent,
+                },
+                Err(unsent) => unsent,
+            };
+            // Boxed, or every request would take the room that making a connection needs.
+            Box::pin(self.send_anew(backend, endpoint, *unsent)).await
+        })
+    }
+
+    async fn send_anew(
         self: &Rc<Self>,
         backend: &Backend,
         endpoint: &Endpoint,
@@ -110,7 +138,7 @@ where
     ) -> Result<(Response<Incoming>, Loan<B>), SendError> {
         while let Some(connection) = self.take_idle(endpoint.id) {
             match self.exchange(endpoint.id, connection, request).await {
-                Ok(response) => return Ok(response),
+                Ok(answer) => return Ok(answer),
                 Err((_, Some(unsent))) => request = *unsent,
                 Err((error, None)) => return Err(SendError::Exchange(error)),
             }
@@ -135,24 +163,28 @@ where
         });
     }
 
-    async fn exchange(
+    /// Hands a request to the connection at once; what is left to wait for has no room for it.
+    fn exchange(
         self: &Rc<Self>,
         endpoint: EndpointId,
         mut connection: Connection<B>,
         request: Request<B>,
-    ) -> Result<(Response<Incoming>, Loan<B>), (hyper::Error, Option<Box<Request<B>>>)> {
-        match connection.sender.try_send_request(request).await {
-            Ok(response) => Ok((
-                response,
-                Loan {
-                    pools: Rc::clone(self),
-                    endpoint,
-                    connection,
-                },
-            )),
-            Err(mut error) => {
-                let unsent = error.take_message().map(Box::new);
-                Err((error.into_error(), unsent))
+    ) -> impl Future<Output = Exchanged<B>> {
+        let sent = connection.sender.try_send_request(request);
+        async move {
+            match sent.await {
+                Ok(response) => Ok((
+                    response,
+                    Loan {
+                        pools: Rc::clone(self),
+                        endpoint,
+                        connection,
+                    },
+                )),
+                Err(mut error) => {
+                    let unsent = error.take_message().map(Box::new);
+                    Err((error.into_error(), unsent))
+                }
             }
         }
     }
