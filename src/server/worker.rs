@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
 use std::net::TcpStream;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -178,7 +178,7 @@ async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
     let Accepted {
         stream,
         peer,
-        mut phase,
+        phase,
         active: _active,
     } = accepted;
     let stream = match tokio::net::TcpStream::from_std(stream) {
@@ -204,28 +204,7 @@ async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
         .header_read_timeout(proxy.live().current().idle_timeout(peer.listener))
         .serve_connection(Stream::new(stream), service);
     let mut connection = pin!(connection);
-    let told = phase.clone();
-    let drain = async {
-        // The sender's end is a drop, which says the same as `Draining`.
-        let _ = phase.wait_for(|phase| *phase == Phase::Draining).await;
-        draining.set(true);
-        sleep(LAST_REQUEST_GRACE).await;
-    };
-    let mut drain = pin!(drain);
-    let mut is_watched = false;
-    let served = poll_fn(|cx| {
-        // The drain first: a response that comes at the same moment must say that it is the last.
-        // And only when it has begun, since to wait for it takes a lock that all connections share;
-        // once it is watched, it wakes us.
-        if !is_watched || draining.get() || told.has_changed().unwrap_or(true) {
-            is_watched = true;
-            if drain.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(None);
-            }
-        }
-        connection.as_mut().poll(cx).map(Some)
-    });
-    let ended = match served.await {
+    let ended = match until_drained(connection.as_mut(), phase, &draining).await {
         Some(ended) => ended,
         None => {
             // Closes an idle connection now, and another one after its response.
@@ -236,4 +215,35 @@ async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
     if let Err(error) = ended {
         debug!(%error, peer = %peer.address, "connection ended");
     }
+}
+
+/// Serves a connection until it ends, or has to: then `draining` is set at once, and when it still
+/// stands a grace later, this gives `None`.
+async fn until_drained<C: Future>(
+    mut connection: Pin<&mut C>,
+    mut phase: watch::Receiver<Phase>,
+    draining: &Cell<bool>,
+) -> Option<C::Output> {
+    let told = phase.clone();
+    let drain = async {
+        // The sender's end is a drop, which says the same as `Draining`.
+        let _ = phase.wait_for(|phase| *phase == Phase::Draining).await;
+        draining.set(true);
+        sleep(LAST_REQUEST_GRACE).await;
+    };
+    let mut drain = pin!(drain);
+    let mut is_watched = false;
+    poll_fn(|cx| {
+        // The drain first: a response that comes at the same moment must say that it is the last.
+        // And only when it has begun, since to wait for it takes a lock that all connections share;
+        // once it is watched, it wakes us.
+        if !is_watched || draining.get() || told.has_changed().unwrap_or(true) {
+            is_watched = true;
+            if drain.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+        }
+        connection.as_mut().poll(cx).map(Some)
+    })
+    .await
 }
