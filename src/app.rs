@@ -5,6 +5,7 @@
 //! serin-reload    follows the files
 //! serin-accept    all listeners
 //! serin-work-N    the requests of its connections
+//! serin-log       writes the access log; started by control, since a reload may name another one
 //! ```
 
 use std::io;
@@ -26,6 +27,7 @@ use crate::server::acceptor::Acceptor;
 use crate::server::worker::WorkerHandle;
 use crate::server::{self, Phase};
 use crate::snapshot::{Live, Revision};
+use crate::telemetry::access_log::Sinks;
 use crate::telemetry::metrics::Metrics;
 
 /// How often a drain looks whether it is over.
@@ -53,6 +55,7 @@ pub struct App {
     live: Arc<Live>,
     board: StatusBoard,
     metrics: Arc<Metrics>,
+    sinks: Arc<Sinks>,
     reload: mpsc::Sender<ReloadRequest>,
     phase: watch::Sender<Phase>,
     workers: Arc<[WorkerHandle]>,
@@ -108,7 +111,7 @@ impl App {
         };
 
         let (control, sockets) = Control::new(loaded, watching, Arc::clone(&metrics))?;
-        let (live, board) = (control.live(), control.board());
+        let (live, board, sinks) = (control.live(), control.board(), control.sinks());
         let (workers, worker_threads) =
             start_workers(count, &live, &metrics).map_err(|error| failed("the workers", error))?;
         metrics.gauge("serin_workers", &[]).set(count as f64);
@@ -148,6 +151,7 @@ impl App {
             live,
             board,
             metrics,
+            sinks,
             reload,
             phase,
             workers,
@@ -202,11 +206,9 @@ impl App {
         }
     }
 
-    /// Opens the file of the access log anew, if there is one.
-    pub fn reopen_logs(&self) {
-        if let Some(log) = &self.live.load().access_log {
-            log.reopen();
-        }
+    /// What access logs are written to.
+    pub fn sinks(&self) -> Arc<Sinks> {
+        Arc::clone(&self.sinks)
     }
 
     /// Reads the configuration again; `None` when there is no file to read.
@@ -242,11 +244,7 @@ impl App {
         }
         drop(self.stop);
         join(self.control_thread, "the control thread");
-        if let Some(log) = &self.live.load().access_log
-            && !log.flush(LOG_FLUSH_LIMIT)
-        {
-            warn!("the end of the access log could not be written in time");
-        }
+        self.sinks.flush(LOG_FLUSH_LIMIT);
         if cut_off == 0 {
             Drained::Clean
         } else {

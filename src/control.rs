@@ -20,7 +20,7 @@ use crate::routing::UserList;
 use crate::server::acceptor::Acceptor;
 use crate::server::{self, BoundSocket, DrainingListener, OpenListener};
 use crate::snapshot::{Live, Revision, Snapshot, compile};
-use crate::telemetry::access_log::AccessLog;
+use crate::telemetry::access_log::{AccessLog, Output, Sinks};
 use crate::telemetry::metrics::Metrics;
 
 /// Something that changes what is served.
@@ -30,6 +30,8 @@ pub enum Change {
     Config {
         /// What reading it gave.
         loaded: Result<Box<Loaded>, Problems>,
+        /// Nobody asked, and it was refused before: the same refusal is no news.
+        is_retry: bool,
         /// Told what became of it.
         reply: Option<oneshot::Sender<Result<Revision, Problems>>>,
     },
@@ -89,6 +91,7 @@ pub struct Control {
     /// Those that are no longer configured, until their last connection has ended.
     draining: Vec<DrainingListener>,
     access_log: Option<Arc<AccessLog>>,
+    sinks: Arc<Sinks>,
     /// What the process started with and cannot change.
     fixed: Fixed,
     board: StatusBoard,
@@ -127,7 +130,8 @@ impl Control {
         metrics: Arc<Metrics>,
     ) -> Result<(Self, Vec<BoundSocket>), Problems> {
         let (listeners, sockets) = bind_new(&loaded, &[], &metrics)?;
-        let access_log = open_log(&loaded, None, &metrics)?;
+        let sinks = Sinks::new(&metrics);
+        let access_log = open_log(&loaded, None, &sinks)?;
         let fixed = Fixed {
             workers: loaded.config.workers,
             admin: loaded.config.admin,
@@ -168,6 +172,7 @@ impl Control {
                 listeners,
                 draining: Vec::new(),
                 access_log,
+                sinks,
                 fixed,
                 board,
             },
@@ -180,6 +185,11 @@ impl Control {
         Arc::clone(&self.live)
     }
 
+    /// What access logs are written to.
+    pub fn sinks(&self) -> Arc<Sinks> {
+        Arc::clone(&self.sinks)
+    }
+
     /// Where the status hangs.
     pub fn board(&self) -> StatusBoard {
         Arc::clone(&self.board)
@@ -189,9 +199,17 @@ impl Control {
     pub async fn run(mut self, mut changes: mpsc::Receiver<Change>, acceptor: Acceptor) {
         while let Some(change) = changes.recv().await {
             match change {
-                Change::Config { loaded, reply } => {
+                Change::Config {
+                    loaded,
+                    is_retry,
+                    reply,
+                } => {
                     let result = loaded.and_then(|loaded| self.take_over(*loaded, &acceptor));
-                    let result = result.inspect_err(|problems| self.refuse(problems));
+                    let result = result.inspect_err(|problems| {
+                        if !(is_retry && self.has_refused(problems)) {
+                            self.refuse(problems);
+                        }
+                    });
                     if let Some(reply) = reply {
                         // Whoever asked may have gone.
                         let _ = reply.send(result);
@@ -212,7 +230,7 @@ impl Control {
 
     fn take_over(&mut self, loaded: Loaded, acceptor: &Acceptor) -> Result<Revision, Problems> {
         let (opened, sockets) = bind_new(&loaded, &self.listeners, &self.metrics)?;
-        self.access_log = open_log(&loaded, self.access_log.as_ref(), &self.metrics)?;
+        self.access_log = open_log(&loaded, self.access_log.as_ref(), &self.sinks)?;
         let (mut kept, closed): (Vec<_>, Vec<_>) = std::mem::take(&mut self.listeners)
             .into_iter()
             .partition(|open| {
@@ -262,6 +280,12 @@ impl Control {
                 .retain(|source, _| same_list(&before, &status.loaded, source));
         });
         Ok(revision)
+    }
+
+    fn has_refused(&self, problems: &Problems) -> bool {
+        let status = self.board.load();
+        let refused = status.refused.as_ref();
+        refused.is_some_and(|refused| refused.to_string() == problems.to_string())
     }
 
     fn refuse(&mut self, problems: &Problems) {
@@ -442,7 +466,7 @@ pub(crate) fn problem_at(source: &str, at: &Path, message: String) -> Problem {
 fn open_log(
     loaded: &Loaded,
     open: Option<&Arc<AccessLog>>,
-    metrics: &Metrics,
+    sinks: &Sinks,
 ) -> Result<Option<Arc<AccessLog>>, Problems> {
     let Some(settings) = &loaded.config.access_log else {
         return Ok(None);
@@ -450,15 +474,33 @@ fn open_log(
     if let Some(open) = open.filter(|open| open.settings() == settings) {
         return Ok(Some(Arc::clone(open)));
     }
-    AccessLog::open(settings, metrics)
-        .map(Some)
-        .map_err(|error| {
-            let at = Path::default().key("accessLog").key("output");
-            let output = &settings.output;
-            let message = format!("the access log cannot be written to {output}: {error}");
-            let source = &loaded.warnings.source;
-            Problems::new(&loaded.path, source, vec![problem_at(source, &at, message)])
-        })
+    let output = &settings.output;
+    let opened = if is_read_by(loaded, output) {
+        Err("it is read for the configuration".to_owned())
+    } else {
+        AccessLog::open(settings, sinks).map_err(|error| error.to_string())
+    };
+    opened.map(Some).map_err(|reason| {
+        let at = Path::default().key("accessLog").key("output");
+        let message = format!("the access log cannot be written to {output}: {reason}");
+        let source = &loaded.warnings.source;
+        Problems::new(&loaded.path, source, vec![problem_at(source, &at, message)])
+    })
+}
+
+/// True for the files that a configuration consists of: lines at their ends would spoil them.
+fn is_read_by(loaded: &Loaded, output: &Output) -> bool {
+    let Output::File(output) = output else {
+        return false;
+    };
+    let Ok(output) = output.canonicalize() else {
+        return false;
+    };
+    let files = loaded.files.iter().map(|(path, _)| path);
+    let lists = loaded.lists.keys().map(|list| &list.path);
+    files
+        .chain(lists)
+        .any(|path| path.canonicalize().is_ok_and(|path| path == output))
 }
 
 /// What is open in the process and part of the next snapshot.

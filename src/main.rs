@@ -75,6 +75,9 @@ struct Signals {
     interrupt: Signal,
     hangup: Signal,
     reopen: Signal,
+    /// Handled by nobody, so that a limit on the size of files is an error of a write to the access
+    /// log, and not the end of the process.
+    _file_size: Signal,
 }
 
 impl Signals {
@@ -87,6 +90,8 @@ impl Signals {
         let interrupt = signal(SignalKind::interrupt())?;
         let hangup = signal(SignalKind::hangup())?;
         let reopen = signal(SignalKind::user_defined1())?;
+        let file_size = SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
+        let _file_size = signal(file_size)?;
         drop(guard);
         Ok(Self {
             runtime,
@@ -94,6 +99,7 @@ impl Signals {
             interrupt,
             hangup,
             reopen,
+            _file_size,
         })
     }
 
@@ -106,19 +112,26 @@ impl Signals {
             mut interrupt,
             mut hangup,
             mut reopen,
+            _file_size,
         } = self;
+        let sinks = app.sinks();
         runtime.block_on(async {
             loop {
                 tokio::select! {
                     _ = terminate.recv() => break,
                     _ = interrupt.recv() => break,
                     _ = hangup.recv() => app.request_reload(),
-                    _ = reopen.recv() => app.reopen_logs(),
+                    _ = reopen.recv() => sinks.reopen(),
                 }
             }
         });
         let (sender, drained) = tokio::sync::oneshot::channel();
         std::thread::spawn(move || sender.send(app.shut_down()));
+        let reopening = async {
+            while reopen.recv().await.is_some() {
+                sinks.reopen();
+            }
+        };
         runtime.block_on(async {
             tokio::select! {
                 outcome = drained => match outcome {
@@ -130,6 +143,7 @@ impl Signals {
                 },
                 _ = terminate.recv() => std::process::exit(143),
                 _ = interrupt.recv() => std::process::exit(130),
+                () = reopening => {}
             }
             ExitCode::SUCCESS
         })

@@ -58,11 +58,12 @@ impl Write for Stream {
         if let [only] = slices {
             return self.inner().poll_write(cx, only);
         }
-        let mut together = [0; SMALL];
-        match flatten(slices, &mut together) {
-            Some(bytes) => self.inner().poll_write(cx, bytes),
-            None => self.inner().poll_write_vectored(cx, slices),
+        if slices.iter().map(|slice| slice.len()).sum::<usize>() > SMALL {
+            return self.inner().poll_write_vectored(cx, slices);
         }
+        let mut together = [0; SMALL];
+        let length = flatten(slices, &mut together);
+        self.inner().poll_write(cx, &together[..length])
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -78,25 +79,63 @@ impl Write for Stream {
     }
 }
 
-/// Copies all slices together, if there is room.
-fn flatten<'r>(slices: &[IoSlice<'_>], room: &'r mut [u8]) -> Option<&'r [u8]> {
-    let mut filled = 0;
-    for slice in slices {
+/// Copies slices together, for which there is room, and returns their length.
+fn flatten(slices: &[IoSlice<'_>], room: &mut [u8; SMALL]) -> usize {
+    slices.iter().fold(0, |filled, slice| {
         let end = filled + slice.len();
-        room.get_mut(filled..end)?.copy_from_slice(slice);
-        filled = end;
-    }
-    room.get(..filled)
+        room[filled..end].copy_from_slice(slice);
+        end
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+
+    use tokio::io::AsyncReadExt;
+    use tokio::net::TcpListener;
+
     use super::*;
 
-    #[test]
-    fn slices_are_copied_together_when_they_fit() {
-        let slices = [b"GET ", &b"/"[..], b""].map(IoSlice::new);
-        assert_eq!(flatten(&slices, &mut [0; 5]), Some(&b"GET /"[..]));
-        assert_eq!(flatten(&slices, &mut [0; 4]), None);
+    /// What arrives when these slices are written until all of it is.
+    async fn arrives(parts: &[Vec<u8>]) -> Vec<u8> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await;
+        let mut stream = Stream::new(stream.unwrap());
+        let (mut other, _) = listener.accept().await.unwrap();
+        let write = async move {
+            let whole: usize = parts.iter().map(Vec::len).sum();
+            let mut written = 0;
+            while written < whole {
+                let mut skipped = written;
+                let rest = parts.iter().map(|part| {
+                    let skip = skipped.min(part.len());
+                    skipped -= skip;
+                    IoSlice::new(&part[skip..])
+                });
+                let rest: Vec<IoSlice<'_>> = rest.collect();
+                let wrote = poll_fn(|cx| Pin::new(&mut stream).poll_write_vectored(cx, &rest));
+                written += wrote.await.unwrap();
+            }
+        };
+        let mut read = Vec::new();
+        let (_, outcome) = tokio::join!(write, other.read_to_end(&mut read));
+        outcome.unwrap();
+        read
+    }
+
+    #[tokio::test]
+    async fn slices_arrive_whole_and_in_order_small_or_large() {
+        for sizes in [
+            vec![10, 0, 20],
+            vec![SMALL, 0],
+            vec![SMALL - 1, 1],
+            vec![SMALL, 1],
+            vec![300, 5_000_000, 7],
+        ] {
+            let part = |(index, size): (usize, &usize)| vec![index as u8; *size];
+            let parts: Vec<Vec<u8>> = sizes.iter().enumerate().map(part).collect();
+            assert!(arrives(&parts).await == parts.concat(), "{sizes:?}");
+        }
     }
 }

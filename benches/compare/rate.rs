@@ -31,6 +31,14 @@ struct Load {
     body: usize,
 }
 
+/// What has become of the requests.
+#[derive(Default)]
+struct Done {
+    /// How long each took from its appointed time.
+    answered: Vec<Duration>,
+    errors: u32,
+}
+
 struct Connection {
     stream: TcpStream,
     /// When its next request is due.
@@ -41,11 +49,17 @@ struct Connection {
 }
 
 fn main() -> ExitCode {
-    let done = Load::from_arguments().and_then(|load| Ok(load.run()?));
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
+    let load = match Load::from_arguments() {
+        Ok(load) => load,
         Err(error) => {
             eprintln!("error: {error}\nusage: rate ADDRESS CONNECTIONS RATE SECONDS PATH");
+            return ExitCode::FAILURE;
+        }
+    };
+    match load.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
             ExitCode::FAILURE
         }
     }
@@ -71,61 +85,50 @@ impl Load {
         let start = Instant::now() + Duration::from_millis(50);
         let end = start + self.length;
         let mut connections = (0..self.connections)
-            .map(|number| {
-                let stream = TcpStream::connect(self.address)?;
-                stream.set_nodelay(true)?;
-                stream.set_nonblocking(true)?;
-                Ok(Connection {
-                    stream,
-                    due: start + self.interval * number,
-                    waiting: None,
-                    answer: Vec::new(),
-                })
-            })
+            .map(|number| Connection::open(self.address, start + self.interval * number))
             .collect::<std::io::Result<Vec<_>>>()?;
-        let (mut latencies, mut sent, mut errors) = (Vec::new(), 0_u32, 0_u32);
+        let mut done = Done::default();
         loop {
             let now = Instant::now();
             for connection in &mut connections {
                 if connection.waiting.is_none() && connection.due <= now && connection.due < end {
-                    let request = format!(
-                        "GET {} HTTP/1.1\r\nHost: shop.example.com\r\nUser-Agent: Mozilla/5.0 (X11; Linux x86_64)\r\n\
-                         Accept: text/html,application/json\r\nx-user-id: user-{}\r\n\r\n",
-                        self.path,
-                        sent % 1024
-                    );
-                    connection.stream.write_all(request.as_bytes())?;
-                    connection.waiting = Some(connection.due);
+                    connection.send(&self.path, done.answered.len())?;
                     connection.due += self.interval * self.connections;
-                    sent += 1;
                 }
             }
-            let waiting = connections.iter().any(|one| one.waiting.is_some());
-            if now > end && !waiting || now > end + PATIENCE {
+            let is_busy = |one: &Connection| one.waiting.is_some() || one.due < end;
+            if !connections.iter().any(is_busy) || now > end + PATIENCE {
                 break;
             }
-            self.wait(&connections, now)?;
+            self.wait(&connections, now, end)?;
             for connection in &mut connections {
                 if let Some(due) = connection.waiting
                     && connection.has_answer(self.body)?
                 {
-                    latencies.push(due.elapsed());
-                    errors += u32::from(!connection.answer.starts_with(b"HTTP/1.1 200"));
+                    done.answered.push(due.elapsed());
+                    done.errors += u32::from(!connection.answer.starts_with(b"HTTP/1.1 200"));
                     connection.answer.clear();
                     connection.waiting = None;
                 }
             }
         }
-        errors += connections
-            .iter()
-            .filter(|one| one.waiting.is_some())
-            .count() as u32;
-        self.report(latencies, errors);
+        for connection in &connections {
+            // What was never answered, or never even sent, has waited until now.
+            let appointments = std::iter::successors(Some(connection.due), |due| {
+                Some(*due + self.interval * self.connections)
+            });
+            let unsent = appointments.take_while(|due| *due < end);
+            for due in connection.waiting.into_iter().chain(unsent) {
+                done.answered.push(due.elapsed());
+                done.errors += 1;
+            }
+        }
+        done.report(self.length);
         Ok(())
     }
 
     /// Waits for an answer, or for the next request to be due.
-    fn wait(&self, connections: &[Connection], now: Instant) -> std::io::Result<()> {
+    fn wait(&self, connections: &[Connection], now: Instant, end: Instant) -> std::io::Result<()> {
         let mut waiting: Vec<PollFd<'_>> = connections
             .iter()
             .filter(|one| one.waiting.is_some())
@@ -133,7 +136,7 @@ impl Load {
             .collect();
         let due = connections
             .iter()
-            .filter(|one| one.waiting.is_none())
+            .filter(|one| one.waiting.is_none() && one.due < end)
             .map(|one| one.due.saturating_duration_since(now))
             .min();
         let limit = due.unwrap_or(PATIENCE).min(PATIENCE);
@@ -144,28 +147,51 @@ impl Load {
         poll(&mut waiting, Some(&limit))?;
         Ok(())
     }
+}
 
-    fn report(&self, mut latencies: Vec<Duration>, errors: u32) {
-        latencies.sort_unstable();
+impl Done {
+    fn report(mut self, length: Duration) {
+        self.answered.sort_unstable();
         let point = |part: f64| {
-            let index = (latencies.len() as f64 * part) as usize;
-            latencies
-                .get(index)
-                .or(latencies.last())
-                .map_or(0, Duration::as_micros)
+            let index = (self.answered.len() as f64 * part) as usize;
+            let found = self.answered.get(index).or(self.answered.last());
+            found.map_or(0, Duration::as_micros)
         };
         println!(
-            r#"{{"requests":{},"rate":{:.0},"p50":{},"p99":{},"p999":{},"errors":{errors}}}"#,
-            latencies.len(),
-            latencies.len() as f64 / self.length.as_secs_f64(),
+            r#"{{"requests":{},"rate":{:.0},"p50":{},"p99":{},"p999":{},"errors":{}}}"#,
+            self.answered.len(),
+            self.answered.len() as f64 / length.as_secs_f64(),
             point(0.5),
             point(0.99),
             point(0.999),
+            self.errors,
         );
     }
 }
 
 impl Connection {
+    fn open(address: SocketAddr, due: Instant) -> std::io::Result<Self> {
+        let stream = TcpStream::connect(address)?;
+        stream.set_nodelay(true)?;
+        stream.set_nonblocking(true)?;
+        Ok(Self {
+            stream,
+            due,
+            waiting: None,
+            answer: Vec::new(),
+        })
+    }
+
+    fn send(&mut self, path: &str, turn: usize) -> std::io::Result<()> {
+        let user = turn % 1024;
+        let request = format!(
+            "GET {path} HTTP/1.1\r\nHost: shop.example.com\r\nUser-Agent: Mozilla/5.0 (X11; Linux x86_64)\r\n\
+             Accept: text/html,application/json\r\nx-user-id: user-{user}\r\n\r\n"
+        );
+        self.waiting = Some(self.due);
+        self.stream.write_all(request.as_bytes())
+    }
+
     /// Reads what there is; true once the answer is whole.
     fn has_answer(&mut self, body: usize) -> std::io::Result<bool> {
         let mut chunk = [0; 16 * 1024];

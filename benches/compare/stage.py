@@ -12,8 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
 import urllib.request
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -68,8 +68,12 @@ class Stage:
         self.port, *self.endpoints = free_ports(1 + endpoints)
         addresses = [f"127.0.0.1:{port}" for port in self.endpoints]
         self.upstream = start([EXAMPLES / "upstream", *addresses], LOAD_CORE)
-        for port in self.endpoints:
-            await_port(port)
+        try:
+            for port in self.endpoints:
+                await_port(port, self.upstream)
+        except BaseException:
+            stop(self.upstream)
+            raise
         (self.directory / "beta-testers.txt").write_text("".join(f"tester-{number}\n" for number in range(100_000)))
 
     def __enter__(self):
@@ -85,13 +89,17 @@ class Stage:
 
     def launch(self, command, name, core=PROXY_CORE):
         process = start(command, core, cwd=self.directory)
-        await_port(self.port, process)
-        deadline = time.monotonic() + 60
-        # Some listen before they know where to send requests.
-        while not self.is_proxied():
-            if time.monotonic() > deadline:
-                raise SystemExit(f"{name} answers something else than the upstream")
-            time.sleep(0.05)
+        try:
+            await_port(self.port, process)
+            deadline = time.monotonic() + 60
+            # Some listen before they know where to send requests.
+            while not self.is_proxied():
+                if time.monotonic() > deadline:
+                    raise SystemExit(f"{name} answers something else than the upstream")
+                time.sleep(0.05)
+        except BaseException:
+            stop(process)
+            raise
         return process
 
     def is_proxied(self):
@@ -99,7 +107,7 @@ class Stage:
         try:
             with urllib.request.urlopen(request, timeout=10) as reply:
                 return len(reply.read()) == 128
-        except urllib.error.HTTPError:
+        except OSError:
             return False
 
     def command(self, peer, log=False):
@@ -137,17 +145,28 @@ class Stage:
 
 
 def start(command, core=None, **options):
+    """Starts a process in a group of its own, with what it complains about in a file: nobody reads a pipe here."""
     pinned = ["taskset", "-c", str(core)] if core is not None else []
-    return subprocess.Popen([*pinned, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
+    complaints = tempfile.TemporaryFile("w+")
+    options |= {"stdout": subprocess.DEVNULL, "stderr": complaints, "start_new_session": True}
+    process = subprocess.Popen([*pinned, *map(str, command)], **options)
+    process.complaints = complaints
+    return process
 
 
 def stop(process):
+    """Ends a process, and what is left of its group."""
     process.send_signal(signal.SIGTERM)
     try:
-        process.communicate(timeout=10)
+        process.wait(timeout=10)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
+        pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+    process.complaints.close()
 
 
 def free_ports(count):
@@ -162,7 +181,8 @@ def await_port(port, process=None):
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         if process and process.poll() is not None:
-            raise SystemExit(f"{process.args[3]} ended: {process.communicate()[1].decode()[:2000]}")
+            process.complaints.seek(0)
+            raise SystemExit(f"{' '.join(process.args)} ended: {process.complaints.read(2000)}")
         try:
             return socket.create_connection(("127.0.0.1", port), 1).close()
         except OSError:

@@ -272,6 +272,11 @@ impl Checker<'_> {
         let output = self.parse(&log.output, &at.key("output"), |output| match output {
             "" => Err("is neither `stdout` nor the name of a file".to_owned()),
             "stdout" => Ok(access_log::Output::Stdout),
+            // Nobody means a file of that name; `./-` is one.
+            "-" | "stderr" => Err("is no file; write `stdout`, or the name of one".to_owned()),
+            near if near.trim().eq_ignore_ascii_case("stdout") => {
+                Err("is no file; did you mean `stdout`?".to_owned())
+            }
             file => Ok(access_log::Output::File(home.join(file))),
         })?;
         Some(Some(access_log::Settings {

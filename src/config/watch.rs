@@ -64,6 +64,16 @@ pub struct Reloader {
     restless: bool,
 }
 
+/// What is tried again although no file of it has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Retry {
+    /// A configuration that waits for lists.
+    Awaited,
+    /// A refused one as well: an address or a log may be free now. Only with the poll, since events
+    /// may come by the hundred: of an access log in the same directory, for one.
+    Refused,
+}
+
 /// How what the files say stands to what is in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Standing {
@@ -168,23 +178,25 @@ impl Reloader {
                 reading = self.lists.next_reading() => {
                     let change = self.lists.note(reading);
                     self.send(change).await;
-                    self.look().await;
+                    self.look(Retry::Awaited).await;
                 }
                 () = hints.notified() => {
                     tokio::time::sleep(GATHERING).await;
-                    self.look().await;
+                    self.look(Retry::Awaited).await;
                 }
-                () = tokio::time::sleep(REST), if self.restless => self.look().await,
+                () = tokio::time::sleep(REST), if self.restless => {
+                    self.look(Retry::Awaited).await;
+                }
                 _ = poll.tick() => {
                     self.lists.retry_unreadable();
-                    self.look().await;
+                    self.look(Retry::Refused).await;
                 }
             }
         }
     }
 
     /// Reads whatever differs from what was last read and rests.
-    async fn look(&mut self) {
+    async fn look(&mut self, retry: Retry) {
         self.restless = false;
         let watches = &self.watches;
         let looks = self
@@ -198,7 +210,7 @@ impl Reloader {
         }
         if restless {
             self.restless = true;
-        } else if changed || self.standing != Standing::InForce {
+        } else if changed || retry.is_due(&self.standing) {
             self.reload(Cause::Noticed).await;
         }
         self.restless |= self.lists.look(&self.watches);
@@ -244,8 +256,10 @@ impl Reloader {
     async fn apply(&mut self, loaded: Result<Loaded, Problems>, cause: Cause) {
         let (sender, outcome) = oneshot::channel();
         let followed = loaded.as_ref().ok().cloned();
+        let refused_before = matches!(self.standing, Standing::Refused(_));
         self.send(Some(Change::Config {
             loaded: loaded.map(Box::new),
+            is_retry: refused_before && matches!(cause, Cause::Noticed),
             reply: Some(sender),
         }))
         .await;
@@ -295,6 +309,18 @@ impl Reloader {
         let directories = self.directories();
         let watching = self.watches.follow(&directories);
         self.send(watching.map(Change::Watching)).await;
+    }
+}
+
+// === impl Retry ===
+
+impl Retry {
+    fn is_due(self, standing: &Standing) -> bool {
+        match standing {
+            Standing::InForce => false,
+            Standing::Awaiting => true,
+            Standing::Refused(_) => self == Self::Refused,
+        }
     }
 }
 

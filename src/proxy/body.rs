@@ -319,7 +319,8 @@ impl UpstreamBody {
 
     /// The body is whole: the exchange is over, and the connection can serve another one.
     fn end(&mut self) {
-        if let Some(held) = self.held.take() {
+        if let Some(mut held) = self.held.take() {
+            held.exchange.ended();
             held.loan.give_back();
         }
     }
@@ -327,11 +328,15 @@ impl UpstreamBody {
     /// The body broke off: the exchange is over, and the connection is closed. The upstream is to
     /// blame for `error`, unless the connection broke because the client broke off its own body.
     fn fail(&mut self, error: Option<&'static str>) {
-        if let Some(mut held) = self.held.take()
-            && let Some(error) = error
-            && !held.exchange.was_broken_by_client()
-        {
-            held.exchange.upstream_failed(error);
+        let Some(mut held) = self.held.take() else {
+            return;
+        };
+        match error {
+            Some(error) if !held.exchange.was_broken_by_client() => {
+                held.exchange.upstream_failed(error);
+            }
+            Some(_) => {}
+            None => held.exchange.outlasted(),
         }
     }
 }

@@ -143,9 +143,8 @@ impl ProxyError {
             exchange.upstream_failed(self.token());
         }
         let status = self.status();
-        exchange.replied(status, self.token());
         let text = format!("{status}: {}\n", self.words());
-        exchange.sent(text.len());
+        exchange.replied(status, self.token(), text.len());
         let mut response = Response::new(ReplyBody::local(text));
         *response.status_mut() = status;
         let headers = response.headers_mut();

@@ -18,6 +18,9 @@ use super::body::Progress;
 use super::error::client_gone;
 use super::origin::Origin;
 
+/// What the access log says of a client that went away before it had its whole response.
+const CLIENT_GONE: &str = "client_gone";
+
 /// Counts and logs one request, whatever becomes of it: it is finished by being dropped, with its
 /// response or without.
 #[derive(Debug)]
@@ -36,6 +39,8 @@ pub struct Exchange {
     request_body: Option<Progress>,
     /// How much of the response's body the client was sent.
     bytes_out: u64,
+    /// The response is whole.
+    ended: bool,
     /// Its line in the access log, if there is one; boxed, since an exchange is moved a few times.
     entry: Option<Box<Entry>>,
 }
@@ -68,6 +73,7 @@ impl Exchange {
             status: None,
             request_body: None,
             bytes_out: 0,
+            ended: false,
             entry: log.map(|log| Box::new(Entry::begin(log, started, request))),
         }
     }
@@ -128,10 +134,22 @@ impl Exchange {
         self.bytes_out += bytes as u64;
     }
 
-    /// The client is sent a reply of our own, because of this error.
-    pub fn replied(&mut self, status: StatusCode, error: &'static str) {
+    /// The response has come to its end.
+    pub fn ended(&mut self) {
+        self.ended = true;
+    }
+
+    /// The client is sent a reply of our own with a body of so many bytes, because of this error.
+    pub fn replied(&mut self, status: StatusCode, error: &'static str, length: usize) {
         self.status = Some(status);
+        if status == client_gone() {
+            return;
+        }
+        self.ended();
         self.failed(error);
+        if !self.method.is_head() {
+            self.sent(length);
+        }
     }
 
     /// The upstream brought no whole response.
@@ -140,6 +158,11 @@ impl Exchange {
             target.count_upstream_error(&self.metrics.all, error);
         }
         self.failed(error);
+    }
+
+    /// It took longer than its route allows, and the client was the slow one.
+    pub fn outlasted(&mut self) {
+        self.failed("http_response_timeout");
     }
 
     /// True when the client went away within its body, or sent something that is no body.
@@ -174,7 +197,10 @@ impl Drop for Exchange {
         if let Some(target) = &self.target {
             target.in_flight().fall();
         }
-        if let Some(entry) = self.entry.take() {
+        if let Some(mut entry) = self.entry.take() {
+            if !self.ended {
+                entry.error.get_or_insert(CLIENT_GONE);
+            }
             let bytes_in = self.request_body.as_ref().map_or(0, Progress::bytes);
             entry.end(status, duration, bytes_in, self.bytes_out);
         }
@@ -198,7 +224,7 @@ impl Entry {
             .map(|authority| authority.as_str().as_bytes());
         let host = headers.get(HOST).map(|host| host.as_bytes());
         if let Some(host) = authority.or(host) {
-            line.field("host", LogValue::Bytes(host));
+            line.field("host", LogValue::Bytes(without_userinfo(host)));
         }
         line.field("path", LogValue::Bytes(uri.path().as_bytes()));
         line.field("protocol", LogValue::Text(protocol(request.version())));
@@ -248,6 +274,12 @@ impl Entry {
     fn text(&mut self, key: &'static str, value: &str) {
         self.line.field(key, LogValue::Text(value));
     }
+}
+
+/// A host without a name and password before it, which make it malformed, but are secrets all the
+/// same.
+fn without_userinfo(host: &[u8]) -> &[u8] {
+    memchr::memrchr(b'@', host).map_or(host, |at| &host[at + 1..])
 }
 
 fn protocol(version: Version) -> &'static str {

@@ -9,8 +9,12 @@
 //! A line is formatted by the worker whose request it is, straight into its final form, and costs it
 //! no lock and no system call. A disk that is slow, full or gone never holds up a request: when the
 //! queue is full, lines are dropped and counted. Lines of different workers are not in order.
+//!
+//! There is one writer for each output, whatever the format: two of them would tear each other's
+//! lines. It lives on until the last line is written, also when no configuration names it any more.
 
 mod line;
+mod sink;
 mod writer;
 
 use std::cell::{Cell, RefCell};
@@ -19,22 +23,14 @@ use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant, SystemTime};
 
-use metrics::Counter;
-
-use super::metrics::Metrics;
-
 pub use line::{Line, LogValue};
-use writer::{Message, Writer};
+use sink::Sink;
+pub use sink::Sinks;
 
 /// A batch is handed over when it has so many bytes.
 const BATCH_SIZE: usize = 64 << 10;
-
-/// How many batches may wait to be written: 16 MiB, two seconds and more of a busy machine.
-const QUEUE_LENGTH: usize = 256;
 
 /// How many buffers of ended lines a worker keeps for new ones.
 const MOST_SPARE: usize = 256;
@@ -82,13 +78,10 @@ pub enum UserField {
     Omit,
 }
 
-/// An open access log. Dropped, it writes what is queued and closes.
+/// An open access log.
 pub struct AccessLog {
     settings: Settings,
-    queue: SyncSender<Message>,
-    /// Asks the writer to open the file anew; apart from the queue, which may be full.
-    reopen: Arc<AtomicBool>,
-    dropped: Counter,
+    sink: Arc<Sink>,
 }
 
 /// One worker's end of an access log.
@@ -130,61 +123,21 @@ impl fmt::Display for Output {
 // === impl AccessLog ===
 
 impl AccessLog {
-    /// Opens the file and starts the thread that writes to it.
+    /// Opens the output, unless one of `sinks` has it open.
     ///
     /// # Errors
     ///
-    /// A file that cannot be opened for appending, or is neither a regular file nor a device.
-    pub fn open(settings: &Settings, metrics: &Metrics) -> io::Result<Arc<Self>> {
-        let (queue, messages) = sync_channel(QUEUE_LENGTH);
-        let reopen = Arc::new(AtomicBool::new(false));
-        let dropped = metrics.counter("serin_access_log_dropped_total", &[]);
-        let writer = Writer::open(&settings.output, Arc::clone(&reopen), dropped.clone())?;
-        std::thread::Builder::new()
-            .name("serin-log".into())
-            .spawn(move || writer.run(&messages))?;
+    /// A file that cannot be opened for appending within two seconds, or is a pipe or a directory.
+    pub fn open(settings: &Settings, sinks: &Sinks) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             settings: settings.clone(),
-            queue,
-            reopen,
-            dropped,
+            sink: sinks.open(&settings.output)?,
         }))
     }
 
     /// What it was opened with.
     pub fn settings(&self) -> &Settings {
         &self.settings
-    }
-
-    /// Opens the file anew: it was renamed, and lines go on under its old name.
-    pub fn reopen(&self) {
-        self.reopen.store(true, Ordering::Release);
-        // If the queue is full, the writer is at work and sees it anyway.
-        let _ = self.queue.try_send(Message::Wake);
-    }
-
-    /// Waits until all that was handed over is written, but not longer than `limit`; false when it
-    /// is not.
-    pub fn flush(&self, limit: Duration) -> bool {
-        let deadline = Instant::now() + limit;
-        let (sender, written) = sync_channel(1);
-        let mut message = Message::Flush(sender);
-        while let Err(TrySendError::Full(refused)) = self.queue.try_send(message) {
-            if Instant::now() > deadline {
-                return false;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-            message = refused;
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        written.recv_timeout(left).is_ok()
-    }
-
-    fn hand_over(&self, batch: Batch) {
-        let lines = batch.lines;
-        if self.queue.try_send(Message::Lines(batch)).is_err() {
-            self.dropped.increment(lines);
-        }
     }
 }
 
@@ -225,7 +178,7 @@ impl WorkerLog {
         *self.clock.borrow_mut() = Clock::now();
         let batch = self.batch.take();
         if batch.lines > 0 {
-            self.shared.hand_over(batch);
+            self.shared.sink.hand_over(batch);
         }
     }
 

@@ -514,6 +514,13 @@ impl Drop for Up {
 
 // === impl MethodLabel ===
 
+impl MethodLabel {
+    /// True for the method whose responses have no body.
+    pub fn is_head(self) -> bool {
+        self.0 == "HEAD"
+    }
+}
+
 impl From<&Method> for MethodLabel {
     /// Methods that are not registered count as `_OTHER`, as OpenTelemetry has it: a client must
     /// not make labels.

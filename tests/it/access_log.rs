@@ -8,7 +8,7 @@ use http::Method;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use crate::support::{Client, Proxy, Raw, Upstream, eventually, get, shop, single};
+use crate::support::{Client, PATIENCE, Proxy, Raw, Upstream, eventually, get, shop, single};
 
 const LOGGED: &str = "accessLog: { output: access.log }\n";
 
@@ -151,7 +151,42 @@ async fn a_client_that_goes_away_has_a_line_with_499() {
     raw.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
     eventually("the request waits", || upstream.held() == 1).await;
     drop(raw);
-    assert_eq!(objects(&proxy, 1).await[0]["status"], 499);
+    let line = objects(&proxy, 1).await.remove(0);
+    assert_eq!(
+        (&line["status"], &line["error"]),
+        (&json!(499), &json!("client_gone"))
+    );
+}
+
+#[tokio::test]
+async fn a_response_that_the_client_broke_off_says_so() {
+    let upstream = Upstream::start("one").await;
+    let proxy = Proxy::start(&(LOGGED.to_owned() + &single(upstream.address, "")));
+    let mut raw = Raw::connect(proxy.address()).await;
+    raw.send("GET /bytes/50000000 HTTP/1.1\r\nhost: a\r\n\r\n")
+        .await;
+    raw.read_until("\r\n\r\n").await;
+    drop(raw);
+    let line = objects(&proxy, 1).await.remove(0);
+    assert_eq!(
+        (&line["status"], &line["error"]),
+        (&json!(200), &json!("client_gone"))
+    );
+}
+
+#[tokio::test]
+async fn secrets_in_the_host_and_bodies_that_are_not_sent_do_not_show() {
+    let upstream = Upstream::start("one").await;
+    let proxy = Proxy::start(&(LOGGED.to_owned() + &single(upstream.address, "")));
+    let mut raw = Raw::connect(proxy.address()).await;
+    raw.send("HEAD / HTTP/1.1\r\nhost: user:secret@a\r\n\r\n")
+        .await;
+    raw.read_until("\r\n\r\n").await;
+    let line = objects(&proxy, 1).await.remove(0);
+    assert_eq!(
+        (&line["status"], &line["host"], &line["bytes_out"]),
+        (&json!(400), &json!("a"), &json!(0))
+    );
 }
 
 #[tokio::test]
@@ -180,10 +215,9 @@ async fn a_reload_moves_the_log_and_loses_no_line() {
     assert_eq!(paths, ["/old", "/hold"]);
     proxy.replace(&single(upstream.address, "")).await;
     get(proxy.address(), "/silent", &[]).await;
-    assert_eq!(
-        lines(&proxy.directory().join("moved.log"), 1).await.len(),
-        1
-    );
+    // With this all that there is has been written.
+    assert!(proxy.app().sinks().flush(PATIENCE));
+    lines(&proxy.directory().join("moved.log"), 1).await;
 }
 
 #[tokio::test]
@@ -205,6 +239,23 @@ async fn a_log_that_cannot_be_opened_refuses_the_configuration_and_names_the_pla
     );
     get(proxy.address(), "/still", &[]).await;
     assert_eq!(objects(&proxy, 1).await[0]["path"], "/still");
+}
+
+#[tokio::test]
+async fn the_configuration_itself_is_no_log_and_a_refusal_is_told_once() {
+    let upstream = Upstream::start("one").await;
+    let good = LOGGED.to_owned() + &single(upstream.address, "");
+    let proxy = Proxy::start(&good);
+    let failures = || proxy.metric("serin_config_reloads_total", &[("result", "failure")]);
+    proxy.write(&good.replace("access.log", "serin.yaml"));
+    eventually("the configuration is refused", || failures() == 1.0).await;
+    // Each line is an event in the directory that is watched.
+    for count in 1..=3 {
+        get(proxy.address(), "/", &[]).await;
+        objects(&proxy, count).await;
+    }
+    assert_eq!(failures(), 1.0);
+    proxy.replace(&(good + "# as before\n")).await;
 }
 
 #[tokio::test]

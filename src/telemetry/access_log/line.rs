@@ -1,8 +1,11 @@
 //! One line, written field by field as they become known.
 
+use std::io::{self, Write};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
+use serde_json::ser::Formatter;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Format, UserField, WorkerLog};
@@ -105,14 +108,15 @@ impl Line {
     }
 
     fn text(&mut self, value: &str) {
-        let bare = |byte: u8| byte > b' ' && !matches!(byte, b'"' | b'=' | b'\\' | 0x7f);
+        let bare = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'=' | b'\\');
         match self.log.settings().format {
             Format::Text if !value.is_empty() && value.bytes().all(bare) => {
                 self.text.extend_from_slice(value.as_bytes());
             }
             Format::Json | Format::Text => {
+                let mut writer = serde_json::Serializer::with_formatter(&mut self.text, Escapes);
                 // Writing to memory does not fail.
-                let _ = serde_json::to_writer(&mut self.text, value);
+                let _ = value.serialize(&mut writer);
             }
         }
     }
@@ -120,6 +124,34 @@ impl Line {
     fn number(&mut self, value: u64) {
         let mut buffer = itoa::Buffer::new();
         self.text.extend_from_slice(buffer.format(value).as_bytes());
+    }
+}
+
+/// Escapes more than JSON asks for: what a terminal obeys, and what some readers take for the end of
+/// a line.
+struct Escapes;
+
+impl Formatter for Escapes {
+    fn write_string_fragment<W: Write + ?Sized>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        let needs_escape = |c: char| matches!(c, '\u{7f}'..='\u{9f}' | '\u{2028}' | '\u{2029}');
+        if fragment.bytes().all(|byte| byte < 0x7f) {
+            return writer.write_all(fragment.as_bytes());
+        }
+        let mut rest = fragment;
+        while let Some(at) = rest.find(needs_escape) {
+            let (plain, from) = rest.split_at(at);
+            writer.write_all(plain.as_bytes())?;
+            let mut following = from.chars();
+            if let Some(escaped) = following.next() {
+                write!(writer, "\\u{:04x}", u32::from(escaped))?;
+            }
+            rest = following.as_str();
+        }
+        writer.write_all(rest.as_bytes())
     }
 }
 

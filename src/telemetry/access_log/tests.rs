@@ -4,29 +4,70 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
+use crate::telemetry::metrics::Metrics;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-fn open(path: &Path, format: Format) -> (Metrics, Arc<AccessLog>) {
-    let metrics = Metrics::new(&[], 1);
+/// A log in a directory of its own.
+struct Opened {
+    directory: tempfile::TempDir,
+    metrics: Metrics,
+    sinks: Arc<Sinks>,
+    log: Arc<AccessLog>,
+}
+
+impl Opened {
+    fn new(format: Format) -> Self {
+        Self::with(format, "")
+    }
+
+    /// As `new`, with a file that says this already.
+    fn with(format: Format, before: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("a.log"), before).unwrap();
+        let metrics = Metrics::new(&[], 1);
+        let sinks = Sinks::new(&metrics);
+        let log = open(&directory.path().join("a.log"), format, &sinks);
+        Self {
+            directory,
+            metrics,
+            sinks,
+            log,
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("a.log")
+    }
+
+    fn worker(&self) -> Rc<WorkerLog> {
+        WorkerLog::follow(None, Some(&self.log)).unwrap()
+    }
+
+    fn written(&self) -> String {
+        assert!(self.sinks.flush(LIMIT));
+        fs::read_to_string(self.path()).unwrap()
+    }
+
+    fn dropped(&self, lines: u32) -> bool {
+        let line = format!("serin_access_log_dropped_total {lines}\n");
+        self.metrics.render().contains(&line)
+    }
+}
+
+fn open(path: &Path, format: Format, sinks: &Sinks) -> Arc<AccessLog> {
     let settings = Settings {
         output: Output::File(path.to_owned()),
         format,
         user: UserField::Hash,
     };
-    let log = AccessLog::open(&settings, &metrics).unwrap();
-    (metrics, log)
+    AccessLog::open(&settings, sinks).unwrap()
 }
 
 fn write_line(log: &Rc<WorkerLog>, path: &str) {
     let mut line = Line::begin(log, Instant::now());
     line.field("path", LogValue::Text(path));
     line.end();
-}
-
-fn written(path: &Path, log: &Arc<AccessLog>) -> String {
-    assert!(log.flush(LIMIT));
-    fs::read_to_string(path).unwrap()
 }
 
 #[test]
@@ -48,14 +89,11 @@ fn the_time_of_day_is_that_of_the_instant_to_the_millisecond() {
 
 #[test]
 fn lines_are_appended_and_reach_the_file_when_they_are_flushed() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("access.log");
-    fs::write(&path, "before\n").unwrap();
-    let (_metrics, log) = open(&path, Format::Text);
-    let worker = WorkerLog::follow(None, Some(&log)).unwrap();
+    let opened = Opened::with(Format::Text, "before\n");
+    let worker = opened.worker();
     write_line(&worker, "/a");
     worker.flush();
-    let text = written(&path, &log);
+    let text = opened.written();
     assert!(
         text.starts_with("before\nts=") && text.ends_with(" path=/a\n"),
         "{text}"
@@ -63,104 +101,85 @@ fn lines_are_appended_and_reach_the_file_when_they_are_flushed() {
 }
 
 #[test]
+fn a_line_that_was_cut_by_a_crash_is_not_glued_to_the_next_one() {
+    let opened = Opened::with(Format::Text, "ts=2026 pa");
+    let worker = opened.worker();
+    write_line(&worker, "/a");
+    worker.flush();
+    let text = opened.written();
+    assert!(text.starts_with("ts=2026 pa\nts="), "{text}");
+}
+
+#[test]
 fn a_file_that_was_renamed_is_left_when_it_is_opened_anew() {
-    let directory = tempfile::tempdir().unwrap();
-    let (path, old) = (directory.path().join("a.log"), directory.path().join("a.1"));
-    let (_metrics, log) = open(&path, Format::Text);
-    let worker = WorkerLog::follow(None, Some(&log)).unwrap();
+    let opened = Opened::new(Format::Text);
+    let worker = opened.worker();
     write_line(&worker, "/old");
     worker.flush();
-    assert!(log.flush(LIMIT));
-    fs::rename(&path, &old).unwrap();
-    log.reopen();
+    assert!(opened.sinks.flush(LIMIT));
+    let old = opened.directory.path().join("a.log.1");
+    fs::rename(opened.path(), &old).unwrap();
+    opened.sinks.reopen();
     write_line(&worker, "/new");
     worker.flush();
-    assert!(written(&path, &log).ends_with(" path=/new\n"));
+    let text = opened.written();
+    assert!(text.starts_with("ts=") && text.ends_with(" path=/new\n"));
     assert!(fs::read_to_string(&old).unwrap().ends_with(" path=/old\n"));
 }
 
 #[test]
-fn lines_of_a_log_that_is_no_longer_in_force_are_written_at_once() {
-    let directory = tempfile::tempdir().unwrap();
-    let (path, other) = (directory.path().join("a"), directory.path().join("b"));
-    let (_metrics, log) = open(&path, Format::Text);
-    let (_metrics, next) = open(&other, Format::Text);
-    let worker = WorkerLog::follow(None, Some(&log)).unwrap();
+fn lines_of_a_log_that_is_no_longer_in_force_are_written_at_once_and_awaited_at_the_end() {
+    let opened = Opened::new(Format::Text);
+    let other = open(
+        &opened.directory.path().join("b"),
+        Format::Text,
+        &opened.sinks,
+    );
+    let worker = opened.worker();
     let long = Line::begin(&worker, Instant::now());
     write_line(&worker, "/first");
-    let follower = WorkerLog::follow(Some(&worker), Some(&next)).unwrap();
-    assert!(written(&path, &log).ends_with(" path=/first\n"));
+    let follower = WorkerLog::follow(Some(&worker), Some(&other)).unwrap();
+    drop(worker);
+    assert!(opened.written().ends_with(" path=/first\n"));
     long.end();
-    assert_eq!(written(&path, &log).lines().count(), 2);
-    let same = WorkerLog::follow(Some(&follower), Some(&next)).unwrap();
+    assert_eq!(opened.written().lines().count(), 2);
+    let same = WorkerLog::follow(Some(&follower), Some(&other)).unwrap();
     assert!(Rc::ptr_eq(&same, &follower));
 }
 
 #[test]
+fn an_output_has_one_writer_whatever_the_format() {
+    let opened = Opened::new(Format::Text);
+    let json = open(&opened.path(), Format::Json, &opened.sinks);
+    assert!(Arc::ptr_eq(&opened.log.sink, &json.sink));
+}
+
+#[test]
 fn lines_that_cannot_be_written_are_counted() {
+    let opened = Opened::new(Format::Json);
     // A device that is always full.
-    let (metrics, log) = open(Path::new("/dev/full"), Format::Json);
-    let worker = WorkerLog::follow(None, Some(&log)).unwrap();
+    let full = open(Path::new("/dev/full"), Format::Json, &opened.sinks);
+    let worker = WorkerLog::follow(None, Some(&full)).unwrap();
     for _ in 0..3 {
         write_line(&worker, "/");
     }
     worker.flush();
-    assert!(log.flush(LIMIT));
-    assert!(
-        metrics
-            .render()
-            .contains("serin_access_log_dropped_total 3\n")
-    );
-}
-
-#[test]
-fn a_writer_that_stands_still_costs_lines_and_holds_nobody_up() {
-    let (queue, messages) = sync_channel(1);
-    let metrics = Metrics::new(&[], 1);
-    let log = Arc::new(AccessLog {
-        settings: Settings {
-            output: Output::Stdout,
-            format: Format::Text,
-            user: UserField::Omit,
-        },
-        queue,
-        reopen: Arc::default(),
-        dropped: metrics.counter("serin_access_log_dropped_total", &[]),
-    });
-    let worker = WorkerLog::follow(None, Some(&log)).unwrap();
-    for _ in 0..3 {
-        write_line(&worker, "/");
-        worker.flush();
-    }
-    assert!(!log.flush(Duration::ZERO));
-    assert!(
-        metrics
-            .render()
-            .contains("serin_access_log_dropped_total 2\n")
-    );
-    drop(messages);
+    assert!(opened.sinks.flush(LIMIT));
+    assert!(opened.dropped(3));
 }
 
 #[test]
 fn pipes_and_directories_are_refused() {
-    let directory = tempfile::tempdir().unwrap();
-    let pipe = directory.path().join("pipe");
-    rustix::fs::mknodat(
-        rustix::fs::CWD,
-        &pipe,
-        rustix::fs::FileType::Fifo,
-        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
-        0,
-    )
-    .unwrap();
-    let metrics = Metrics::new(&[], 1);
-    for path in [pipe, directory.path().to_owned()] {
+    let opened = Opened::new(Format::Json);
+    let pipe = opened.directory.path().join("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    for path in [pipe, opened.directory.path().to_owned()] {
         let settings = Settings {
             output: Output::File(path),
-            format: Format::Json,
-            user: UserField::Hash,
+            ..opened.log.settings().clone()
         };
-        let error = AccessLog::open(&settings, &metrics)
+        let error = AccessLog::open(&settings, &opened.sinks)
             .unwrap_err()
             .to_string();
         assert!(
@@ -170,17 +189,25 @@ fn pipes_and_directories_are_refused() {
     }
 }
 
+/// What a terminal or a reader of lines may take for something else than text.
+fn is_harmless(text: &str) -> bool {
+    let harmful = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
+    !text.trim_end_matches('\n').chars().any(harmful)
+}
+
 proptest! {
     #[test]
     fn whatever_is_in_a_field_a_line_is_one_line_and_can_be_read_back(
-        bytes in proptest::collection::vec(any::<u8>(), 0..6000),
+        bytes in prop_oneof![
+            proptest::collection::vec(any::<u8>(), 0..6000),
+            any::<String>().prop_map(String::into_bytes),
+            "[\u{7f}-\u{a0}\u{2028}\u{2029}\"\\\\a\n]*".prop_map(String::into_bytes),
+        ],
         number in any::<u64>(),
         microseconds in any::<u32>(),
     ) {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("access.log");
-        let (_metrics, log) = open(&path, Format::Json);
-        let worker = WorkerLog::follow(None, Some(&log)).unwrap();
+        let opened = Opened::new(Format::Json);
+        let worker = opened.worker();
         let mut line = Line::begin(&worker, Instant::now());
         line.field("path", LogValue::Bytes(&bytes));
         line.field("bytes_in", LogValue::Number(number));
@@ -189,8 +216,8 @@ proptest! {
         line.user("user-1");
         line.end();
         worker.flush();
-        let text = written(&path, &log);
-        prop_assert_eq!(text.lines().count(), 1);
+        let text = opened.written();
+        prop_assert!(text.ends_with('\n') && is_harmless(&text), "{text:?}");
         let object: serde_json::Value = serde_json::from_str(&text).unwrap();
         let cut = &bytes[..bytes.len().min(4096)];
         let (text, expected) = (object["path"].as_str().unwrap(), String::from_utf8_lossy(cut));
@@ -202,14 +229,13 @@ proptest! {
     }
 
     #[test]
-    fn a_text_line_has_its_fields_apart(value in "\\PC*") {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("access.log");
-        let (_metrics, log) = open(&path, Format::Text);
-        let worker = WorkerLog::follow(None, Some(&log)).unwrap();
+    fn a_text_line_has_its_fields_apart(value in any::<String>()) {
+        let opened = Opened::new(Format::Text);
+        let worker = opened.worker();
         write_line(&worker, &value);
         worker.flush();
-        let text = written(&path, &log);
+        let text = opened.written();
+        prop_assert!(is_harmless(&text), "{text:?}");
         let (_, shown) = text.trim_end_matches('\n').split_once(" path=").unwrap();
         let read = if shown.starts_with('"') {
             serde_json::from_str(shown).unwrap()

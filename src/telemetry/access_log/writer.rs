@@ -1,17 +1,19 @@
 //! The thread that writes, and that alone waits for the disk.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
 
 use metrics::Counter;
+use rustix::event::{PollFd, PollFlags, poll};
 use tracing::{info, warn};
 
+use super::sink::Shared;
 use super::{Batch, Output};
 
 /// What the writer is told.
@@ -28,7 +30,7 @@ pub(super) enum Message {
 pub(super) struct Writer {
     output: Output,
     file: File,
-    reopen: Arc<AtomicBool>,
+    shared: Arc<Shared>,
     dropped: Counter,
     /// The last write failed.
     failing: bool,
@@ -39,31 +41,31 @@ pub(super) struct Writer {
 // === impl Writer ===
 
 impl Writer {
-    pub(super) fn open(
-        output: &Output,
-        reopen: Arc<AtomicBool>,
-        dropped: Counter,
-    ) -> io::Result<Self> {
-        // Prometheus sees no increase from nothing.
-        dropped.increment(0);
+    pub(super) fn open(output: Output, shared: Arc<Shared>, dropped: Counter) -> io::Result<Self> {
+        let (file, torn) = open(&output)?;
         Ok(Self {
-            output: output.clone(),
-            file: open(output)?,
-            reopen,
+            output,
+            file,
+            shared,
             dropped,
             failing: false,
-            torn: false,
+            torn,
         })
     }
 
     /// Writes until nobody can send anything any more.
     pub(super) fn run(mut self, messages: &Receiver<Message>) {
         for message in messages {
-            if self.reopen.swap(false, Ordering::Acquire) {
+            if self.shared.reopen.swap(false, Ordering::Acquire) {
                 self.open_anew();
             }
             match message {
-                Message::Lines(batch) => self.write(&batch),
+                Message::Lines(batch) => {
+                    self.write(&batch);
+                    self.shared
+                        .waiting
+                        .fetch_sub(batch.lines, Ordering::Relaxed);
+                }
                 // Whoever asked may have gone.
                 Message::Flush(asker) => drop(asker.try_send(())),
                 Message::Wake => {}
@@ -72,24 +74,26 @@ impl Writer {
     }
 
     fn open_anew(&mut self) {
-        match open(&self.output) {
-            Ok(file) => {
-                self.file = file;
-                self.torn = false;
-                info!("access log opened anew");
+        let output = &self.output;
+        match open(output) {
+            Ok((file, torn)) => {
+                (self.file, self.torn) = (file, torn);
+                info!(%output, "access log opened anew");
             }
-            Err(error) => {
-                warn!(%error, "the access log cannot be opened anew; it goes on as it was")
-            }
+            Err(error) => warn!(
+                %output, %error,
+                "the access log cannot be opened anew; lines go where they went before"
+            ),
         }
     }
 
     fn write(&mut self, batch: &Batch) {
         let mut rest = &batch.text[..];
+        let output = &self.output.clone();
         match self.write_all(&mut rest) {
             Ok(()) if self.failing => {
                 self.failing = false;
-                info!("access log lines are written again");
+                info!(%output, "access log lines are written again");
             }
             Ok(()) => {}
             Err(error) => {
@@ -97,7 +101,7 @@ impl Writer {
                     .increment(memchr::memchr_iter(b'\n', rest).count() as u64);
                 if !self.failing {
                     self.failing = true;
-                    warn!(%error, "access log lines cannot be written and are dropped");
+                    warn!(%output, %error, "access log lines cannot be written and are dropped");
                 }
             }
         }
@@ -112,12 +116,16 @@ impl Writer {
         }
         while !rest.is_empty() {
             match self.file.write(rest) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(written) => {
                     self.torn = rest[written - 1] != b'\n';
                     *rest = &rest[written..];
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // Whoever shares our standard output has made it non-blocking.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    poll(&mut [PollFd::new(&self.file, PollFlags::OUT)], None)?;
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -125,15 +133,27 @@ impl Writer {
     }
 }
 
-fn open(output: &Output) -> io::Result<File> {
+/// Opens an output, and tells whether it ends within a line: a crash or a full disk may have cut one.
+fn open(output: &Output) -> io::Result<(File, bool)> {
     match output {
         // Not through the standard library's buffer, which looks for line ends.
-        Output::Stdout => Ok(io::stdout().as_fd().try_clone_to_owned()?.into()),
+        Output::Stdout => Ok((io::stdout().as_fd().try_clone_to_owned()?.into(), false)),
         Output::File(path) => {
             refuse_pipe(path)?;
-            OpenOptions::new().append(true).create(true).open(path)
+            let file = OpenOptions::new().append(true).create(true).open(path)?;
+            Ok((file, ends_within_a_line(path).unwrap_or(false)))
         }
     }
+}
+
+fn ends_within_a_line(path: &Path) -> io::Result<bool> {
+    let file = File::open(path)?;
+    let Some(last) = file.metadata()?.len().checked_sub(1) else {
+        return Ok(false);
+    };
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, last)?;
+    Ok(byte != *b"\n")
 }
 
 /// Opening a pipe would wait for somebody to read it.
@@ -142,7 +162,7 @@ fn refuse_pipe(path: &Path) -> io::Result<()> {
         Ok(metadata) if metadata.file_type().is_fifo() => Err(io::Error::other(
             "is a pipe; `stdout` writes to one that is standard output",
         )),
-        Ok(metadata) if metadata.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
+        Ok(metadata) if metadata.is_dir() => Err(ErrorKind::IsADirectory.into()),
         _ => Ok(()),
     }
 }
