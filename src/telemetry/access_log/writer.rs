@@ -89,11 +89,10 @@ impl Writer {
 
     fn write(&mut self, batch: &Batch) {
         let mut rest = &batch.text[..];
-        let output = &self.output.clone();
         match self.write_all(&mut rest) {
             Ok(()) if self.failing => {
                 self.failing = false;
-                info!(%output, "access log lines are written again");
+                info!(output = %self.output, "access log lines are written again");
             }
             Ok(()) => {}
             Err(error) => {
@@ -101,6 +100,7 @@ impl Writer {
                     .increment(memchr::memchr_iter(b'\n', rest).count() as u64);
                 if !self.failing {
                     self.failing = true;
+                    let output = &self.output;
                     warn!(%output, %error, "access log lines cannot be written and are dropped");
                 }
             }
