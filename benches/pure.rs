@@ -11,13 +11,12 @@ use std::path::Path;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use http::{HeaderMap, HeaderValue, Method};
-use serin::backend::Endpoints;
 use serin::config::Config;
 use serin::config::load::{load_list, load_text};
 use serin::routing::RequestHead;
 use serin::routing::split::Split;
 use serin::routing::user_list::{Format, UserList};
-use serin::snapshot::{Revision, compile};
+use serin::snapshot::{Living, Revision, compile};
 use serin::telemetry::metrics::Metrics;
 
 /// A configuration with so many routes, each with a host of its own, two versions and a rule.
@@ -80,7 +79,7 @@ fn route_and_decide(criterion: &mut Criterion) {
             &config(routes),
             &[],
             Revision(1),
-            &mut Endpoints::default(),
+            &mut Living::default(),
             &metrics,
         );
         let host = format!("host-{}.example.com", (routes - 1) / 10);
@@ -164,12 +163,12 @@ fn snapshot_compile(criterion: &mut Criterion) {
     for routes in [10, 1_000, 10_000] {
         let config = config(routes);
         let metrics = Metrics::new(&[], 1);
-        let mut endpoints = Endpoints::default();
+        let mut living = Living::default();
         // As at a reload: endpoints and metric handles are there already.
-        let _living = compile(&config, &[], Revision(1), &mut endpoints, &metrics);
+        let _living = compile(&config, &[], Revision(1), &mut living, &metrics);
         group.bench_function(BenchmarkId::from_parameter(routes), |bencher| {
             bencher.iter(|| {
-                compile(&config, &[], Revision(2), &mut endpoints, &metrics)
+                compile(&config, &[], Revision(2), &mut living, &metrics)
                     .routes
                     .len()
             });

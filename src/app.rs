@@ -23,6 +23,7 @@ use crate::config::load::Loaded;
 use crate::config::watch::{ReloadRequest, Reloader};
 use crate::config::{Problems, Workers};
 use crate::control::{Change, Control, StatusBoard, Watching, problem_at};
+use crate::proxy::via::Via;
 use crate::server::acceptor::Acceptor;
 use crate::server::worker::WorkerHandle;
 use crate::server::{self, Phase};
@@ -173,8 +174,8 @@ impl App {
         snapshot
             .listeners
             .iter()
-            .find(|listener| *listener.name == *name)
-            .map(|listener| listener.address)
+            .find(|listener| *listener.settings.name == *name)
+            .map(|listener| listener.settings.address)
     }
 
     /// Where the snapshots hang.
@@ -300,8 +301,9 @@ impl ControlJobs {
 type Workforce = (Arc<[WorkerHandle]>, Vec<JoinHandle<()>>);
 
 fn start_workers(count: usize, live: &Arc<Live>, metrics: &Arc<Metrics>) -> io::Result<Workforce> {
+    let via = Via::new(fastrand::u32(..));
     let started: io::Result<Vec<_>> = (0..count)
-        .map(|index| WorkerHandle::start(index, Arc::clone(live), Arc::clone(metrics)))
+        .map(|index| WorkerHandle::start(index, Arc::clone(live), Arc::clone(metrics), via.clone()))
         .collect();
     let (handles, threads): (Vec<_>, Vec<_>) = started?.into_iter().unzip();
     Ok((handles.into(), threads))

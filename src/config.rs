@@ -33,6 +33,7 @@ use crate::routing::split::Weight;
 use crate::routing::table::{Hostname, RouteMatch};
 use crate::routing::{Target, user_list};
 use crate::telemetry::access_log;
+use crate::tls;
 
 pub use file::{ConfigFile, Workers};
 pub use problem::{Problem, Problems};
@@ -61,7 +62,7 @@ pub struct Config {
 }
 
 /// A socket that takes requests.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Listener {
     /// Its name.
     pub name: Arc<str>,
@@ -69,8 +70,57 @@ pub struct Listener {
     pub address: SocketAddr,
     /// Who is believed about the client.
     pub trusted_proxies: Arc<[IpNet]>,
-    /// How long a connection may stand without a complete request head.
-    pub idle_timeout: Duration,
+    /// What TLS connections are accepted with; `None` without TLS.
+    pub tls: Option<tls::server::Settings>,
+    /// How long clients may take.
+    pub timeouts: ListenerTimeouts,
+    /// How much clients may send.
+    pub limits: ListenerLimits,
+    /// How HTTP/2 is spoken.
+    pub http2: ListenerHttp2,
+}
+
+/// How long clients of a listener may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenerTimeouts {
+    /// For the TLS handshake.
+    pub tls_handshake: Duration,
+    /// Until the first byte of a connection.
+    pub first_byte: Duration,
+    /// From the first byte of a request head to its end.
+    pub request_head: Duration,
+    /// Between requests.
+    pub idle: Duration,
+    /// Between two parts of a request body that is waited for.
+    pub request_body: Duration,
+    /// While nothing of a response is taken.
+    pub write: Duration,
+}
+
+/// How much clients of a listener may send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenerLimits {
+    /// The bytes of a request head.
+    pub request_head: u32,
+    /// The fields of a request head.
+    pub header_fields: usize,
+    /// The bytes of a request target.
+    pub uri: usize,
+    /// The bytes of a request body.
+    pub request_body: Option<u64>,
+}
+
+/// How HTTP/2 is spoken with clients of a listener; windows and buffers in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenerHttp2 {
+    /// Requests that one connection may have open.
+    pub max_concurrent_streams: u32,
+    /// What may be on its way of one request.
+    pub stream_window: u32,
+    /// What may be on its way of all requests of a connection.
+    pub connection_window: u32,
+    /// What may wait of one response.
+    pub send_buffer: usize,
 }
 
 /// One version of a service.

@@ -12,14 +12,13 @@ use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{error, info, warn};
 
-use crate::backend::Endpoints;
 use crate::config::document::{Node, Path, Span};
 use crate::config::load::{Loaded, LoadedList};
 use crate::config::{Config, ListSource, Problem, Problems, Workers};
 use crate::routing::UserList;
 use crate::server::acceptor::Acceptor;
 use crate::server::{self, BoundSocket, DrainingListener, OpenListener};
-use crate::snapshot::{Live, Revision, Snapshot, compile};
+use crate::snapshot::{Live, Living, Revision, Snapshot, compile};
 use crate::telemetry::access_log::{AccessLog, Output, Sinks};
 use crate::telemetry::metrics::Metrics;
 
@@ -86,7 +85,7 @@ pub type StatusBoard = Arc<ArcSwap<Status>>;
 pub struct Control {
     live: Arc<Live>,
     metrics: Arc<Metrics>,
-    endpoints: Endpoints,
+    living: Living,
     listeners: Vec<OpenListener>,
     /// Those that are no longer configured, until their last connection has ended.
     draining: Vec<DrainingListener>,
@@ -100,6 +99,7 @@ pub struct Control {
 /// How often a replaced snapshot is asked whether it is still in use.
 const RETIREMENT_TICK: Duration = Duration::from_millis(200);
 
+const NOT_AFTER: &str = "serin_certificate_not_after_timestamp_seconds";
 const EXPIRY: &str = "serin_user_list_expiry_timestamp_seconds";
 const LIST_GAUGES: [&str; 5] = [
     "serin_user_list_entries",
@@ -137,14 +137,14 @@ impl Control {
             admin: loaded.config.admin,
             duration_buckets: loaded.config.duration_buckets.clone(),
         };
-        let mut endpoints = Endpoints::default();
+        let mut living = Living::default();
         let revision = Revision(1);
         let open = Open {
             listeners: &listeners,
             draining: &[],
             access_log: access_log.as_ref(),
         };
-        let first = snapshot(&loaded, &open, revision, &mut endpoints, &metrics);
+        let first = snapshot(&loaded, &open, revision, &mut living, &metrics);
         let now = SystemTime::now();
         let status = Status {
             revision,
@@ -168,7 +168,7 @@ impl Control {
             Self {
                 live: Live::new(first),
                 metrics,
-                endpoints,
+                living,
                 listeners,
                 draining: Vec::new(),
                 access_log,
@@ -341,9 +341,12 @@ impl Control {
             draining: &self.draining,
             access_log: self.access_log.as_ref(),
         };
-        let next = snapshot(loaded, &open, revision, &mut self.endpoints, &self.metrics);
+        let next = snapshot(loaded, &open, revision, &mut self.living, &self.metrics);
         tokio::task::spawn_local(retire(self.live.publish(next)));
-        self.endpoints.prune();
+        self.living.endpoints.prune();
+        let listeners = &loaded.config.listeners;
+        let is_open = |address| listeners.iter().any(|open| open.address == address);
+        self.living.tickets.retain(is_open);
         self.metrics.prune();
         revision
     }
@@ -514,19 +517,20 @@ fn snapshot(
     loaded: &Loaded,
     open: &Open<'_>,
     revision: Revision,
-    endpoints: &mut Endpoints,
+    living: &mut Living,
     metrics: &Metrics,
 ) -> Snapshot {
     let mut next = compile(
         &loaded.config,
         &lists_in_order(loaded),
         revision,
-        endpoints,
+        living,
         metrics,
     );
     for listener in &mut next.listeners {
-        if let Some(open) = open.listeners.iter().find(|open| open.serves(listener)) {
-            listener.address = open.bound;
+        let settings = &mut listener.settings;
+        if let Some(open) = open.listeners.iter().find(|open| open.serves(settings)) {
+            settings.address = open.bound;
         }
     }
     next.access_log = open.access_log.map(Arc::clone);
@@ -542,7 +546,7 @@ pub fn offline_snapshot(loaded: &Loaded) -> Snapshot {
         &loaded.config,
         &lists_in_order(loaded),
         Revision(0),
-        &mut Endpoints::default(),
+        &mut Living::default(),
         &metrics,
     )
 }
@@ -581,6 +585,10 @@ fn show(metrics: &Metrics, status: &Status) {
         .gauge("serin_config_last_reload_success_timestamp_seconds", &[])
         .set(seconds(status.taken_over_at));
     metrics.set_config_info(status.revision.0, status.loaded.hash);
+    for (file, not_after) in certificates(&status.loaded.config) {
+        let gauge = metrics.gauge(NOT_AFTER, &[("certificate", file)]);
+        gauge.set(not_after as f64);
+    }
     for list in &status.loaded.config.user_lists {
         let labels = [("list", &*list.name)];
         let loaded = &status.loaded.lists[&list.source];
@@ -623,6 +631,11 @@ fn forget(metrics: &Metrics, before: &Config, after: &Config) {
             metrics.gauge(EXPIRY, &[("list", &list.name)]).set(f64::NAN);
         }
     }
+    let still: HashSet<&str> = certificates(after).map(|(file, _)| file).collect();
+    for (file, _) in certificates(before).filter(|(file, _)| !still.contains(file)) {
+        let gauge = metrics.gauge(NOT_AFTER, &[("certificate", file)]);
+        gauge.set(f64::NAN);
+    }
     let still: HashSet<(&str, &str)> = weights(after).collect();
     for (route, backend) in weights(before).filter(|pair| !still.contains(pair)) {
         metrics
@@ -632,6 +645,13 @@ fn forget(metrics: &Metrics, before: &Config, after: &Config) {
             )
             .set(0.0);
     }
+}
+
+/// The certificates of a configuration: their files, and when they expire.
+fn certificates(config: &Config) -> impl Iterator<Item = (&str, i64)> {
+    let of_listeners = config.listeners.iter().filter_map(|one| one.tls.as_ref());
+    let of_listeners = of_listeners.flat_map(|tls| &tls.certificates);
+    of_listeners.map(|named| (&*named.file, named.certificate.not_after))
 }
 
 fn weights(config: &Config) -> impl Iterator<Item = (&str, &str)> {

@@ -70,7 +70,7 @@ pub fn run(options: &Demo, screen: &mut Screen<'_>) -> Result<(), Problems> {
         .load()
         .listeners
         .first()
-        .map(|listener| listener.address)
+        .map(|listener| listener.settings.address)
     else {
         return Ok(());
     };

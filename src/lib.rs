@@ -7,7 +7,7 @@
 //!
 //! * [`proxy`]: one request's way, on one screen;
 //! * [`routing`]: which route, which backend, and why; pure;
-//! * [`backend`], [`upstream`], [`stream`]: the pool of one version, and the connections to it;
+//! * [`backend`], [`upstream`], [`stream`], [`tls`]: the pool of one version, and the connections to it;
 //! * [`config`]: from the file's text to a configuration that cannot be wrong;
 //! * [`snapshot`], [`control`]: what requests are served by, and the only place that replaces it;
 //! * [`server`], [`admin`]: where clients and operators come in;
@@ -30,4 +30,5 @@ pub mod server;
 pub mod snapshot;
 pub mod stream;
 pub mod telemetry;
+pub mod tls;
 pub mod upstream;

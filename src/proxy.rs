@@ -11,6 +11,7 @@ pub mod exchange;
 pub mod headers;
 pub mod origin;
 pub mod timeouts;
+pub mod via;
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -21,7 +22,7 @@ use std::task::{Poll, ready};
 use std::time::Duration;
 
 use http::{HeaderValue, Request, Response, StatusCode, Version};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use tokio::time::Instant;
 
 use crate::backend::{Endpoint, Lease};
@@ -30,12 +31,13 @@ use crate::snapshot::{Reader, Route, RouteTarget, Snapshot};
 use crate::telemetry::metrics::WorkerMetrics;
 use crate::upstream::{Loan, Pools, SendError};
 
-use body::{Held, Progress, ReplyBody, RequestBody, UpstreamBody};
+use body::{BodyRules, Held, Progress, ReplyBody, RequestBody, UpstreamBody};
 use error::ProxyError;
 use exchange::Exchange;
 use headers::Survey;
 use origin::{Origin, Peer};
 use timeouts::{Timeout, Timeouts, Timer};
+use via::Via;
 
 /// Serves the requests of one worker.
 #[derive(Debug)]
@@ -44,6 +46,7 @@ pub struct Proxy {
     pools: Rc<Pools<RequestBody>>,
     metrics: Rc<WorkerMetrics>,
     timeouts: Arc<Timeouts>,
+    via: Via,
     dice: RefCell<fastrand::Rng>,
 }
 
@@ -94,12 +97,14 @@ impl Proxy {
         pools: Rc<Pools<RequestBody>>,
         metrics: WorkerMetrics,
         timeouts: Arc<Timeouts>,
+        via: Via,
     ) -> Self {
         Self {
             live,
             pools,
             metrics: Rc::new(metrics),
             timeouts,
+            via,
             dice: RefCell::new(fastrand::Rng::new()),
         }
     }
@@ -162,6 +167,11 @@ impl Proxy {
         let origin = Origin::new(snapshot, peer, &parts.headers);
         exchange.came_from(&origin);
         let survey = Survey::of(&parts.headers);
+        headers::refuse_beyond_limits(&parts, origin.listener)?;
+        headers::join_cookies(&mut parts.headers, survey);
+        if survey.has(Survey::VIA) {
+            self.via.refuse_loop(&parts.headers)?;
+        }
         let host = origin::host(&parts, survey)?;
         let head = origin::head(&parts, &host, origin.client);
 
@@ -176,8 +186,20 @@ impl Proxy {
 
         let backend = &target.backend;
         let endpoint = backend.choose(self.roll()).ok_or(ProxyError::NoEndpoint)?;
+        let limit = origin
+            .listener
+            .and_then(|listener| listener.limits.request_body);
+        if limit.is_some_and(|limit| body.size_hint().lower() > limit) {
+            return Err(ProxyError::BodyTooLarge);
+        }
+        self.via.append(&mut parts.headers, parts.version);
         headers::prepare_request(&mut parts, survey, &body, route, backend, endpoint, &origin);
-        let (body, progress) = RequestBody::new(body, exchange.decided_at());
+        let (body, progress) = RequestBody::new(body, exchange.decided_at(), || BodyRules {
+            limit,
+            gap: origin.body_gap(),
+            timeout: self.timeouts.timeout(),
+            route: Arc::clone(route),
+        });
         exchange.sent_to(endpoint, progress.clone());
         Ok(Routed {
             request: Request::from_parts(parts, body),

@@ -7,6 +7,9 @@
 //! when a listener closes, and hides a second process on the port.
 
 pub mod acceptor;
+mod conduct;
+mod connection;
+mod streams;
 pub mod worker;
 
 use std::io;
@@ -17,8 +20,7 @@ use arc_swap::ArcSwap;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::watch;
 
-use crate::config::Listener;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Listener, Snapshot};
 use crate::telemetry::metrics::{Level, Metrics};
 
 /// Connections that may wait to be accepted.

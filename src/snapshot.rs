@@ -25,6 +25,7 @@ use crate::routing::split::Split;
 use crate::routing::{BASELINE, Decision, Gray, Reason, RequestHead, RouteTable, UserList};
 use crate::telemetry::access_log::{AccessLog, WorkerLog};
 use crate::telemetry::metrics::{Metrics, TargetLabels, TargetMetrics};
+use crate::tls::server::{ServerTls, Tickets};
 
 /// Counts the snapshots of a process, from 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,9 +37,9 @@ pub struct Snapshot {
     /// Which one it is.
     pub revision: Revision,
     /// The listeners.
-    pub listeners: Vec<config::Listener>,
+    pub listeners: Vec<Listener>,
     /// Listeners that are no longer configured but still have connections.
-    pub draining_listeners: Vec<config::Listener>,
+    pub draining_listeners: Vec<Listener>,
     /// The routes in the order of the file.
     pub routes: Vec<Arc<Route>>,
     /// The backends in the order of the file.
@@ -47,6 +48,24 @@ pub struct Snapshot {
     pub access_log: Option<Arc<AccessLog>>,
     table: RouteTable,
     connection_policies: HashMap<EndpointId, ConnectionPolicy>,
+}
+
+/// A listener.
+#[derive(Clone, Debug)]
+pub struct Listener {
+    /// As configured, but with the address that it is bound to.
+    pub settings: config::Listener,
+    /// What TLS connections are accepted with; `None` without TLS.
+    pub tls: Option<ServerTls>,
+}
+
+/// What outlives snapshots and is taken over by key.
+#[derive(Debug, Default)]
+pub struct Living {
+    /// The endpoints of all backends.
+    pub endpoints: Endpoints,
+    /// What encrypts the session tickets of listeners.
+    pub tickets: Tickets,
 }
 
 /// A compiled route.
@@ -113,13 +132,13 @@ pub fn compile(
     config: &Config,
     lists: &[Arc<UserList>],
     revision: Revision,
-    endpoints: &mut Endpoints,
+    living: &mut Living,
     metrics: &Metrics,
 ) -> Snapshot {
     let backends: Vec<Arc<Backend>> = config
         .backends
         .iter()
-        .map(|backend| Arc::new(compile_backend(backend, endpoints)))
+        .map(|backend| Arc::new(compile_backend(backend, &mut living.endpoints)))
         .collect();
     let mut table = RouteTable::default();
     for (index, route) in config.routes.iter().enumerate() {
@@ -128,7 +147,11 @@ pub fn compile(
     table.finish();
     Snapshot {
         revision,
-        listeners: config.listeners.clone(),
+        listeners: config
+            .listeners
+            .iter()
+            .map(|listener| compile_listener(listener, &mut living.tickets))
+            .collect(),
         draining_listeners: Vec::new(),
         access_log: None,
         routes: config
@@ -147,6 +170,14 @@ pub fn compile(
             .collect(),
         backends,
         table,
+    }
+}
+
+fn compile_listener(listener: &config::Listener, tickets: &mut Tickets) -> Listener {
+    let tls = listener.tls.as_ref();
+    Listener {
+        settings: listener.clone(),
+        tls: tls.map(|settings| ServerTls::new(settings, listener.address, tickets)),
     }
 }
 
@@ -284,16 +315,11 @@ impl Snapshot {
     }
 
     /// The listener that is bound to this address; `None` once it is gone.
-    pub fn listener(&self, bound: SocketAddr) -> Option<&config::Listener> {
+    pub fn listener(&self, bound: SocketAddr) -> Option<&Listener> {
         let listeners = self.listeners.iter().chain(&self.draining_listeners);
         listeners
             .into_iter()
-            .find(|listener| listener.address == bound)
-    }
-
-    /// How long a connection through the listener at this address may stand without a request head.
-    pub fn idle_timeout(&self, bound: SocketAddr) -> Option<Duration> {
-        self.listener(bound).map(|listener| listener.idle_timeout)
+            .find(|listener| listener.settings.address == bound)
     }
 
     /// How to connect to an endpoint; `None` when it is part of no backend any longer.

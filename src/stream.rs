@@ -1,12 +1,14 @@
-//! A TCP connection as hyper wants it.
+//! A connection as hyper wants it, with TLS or without.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use bytes::{Buf, Bytes};
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
+use tokio_rustls::TlsStream;
 
 /// What is copied together rather than written from several places, in bytes.
 ///
@@ -14,20 +16,43 @@ use tokio::net::TcpStream;
 /// system's layer and copies the list of slices first.
 const SMALL: usize = 2048;
 
-/// A TCP connection that hyper can read and write.
+/// A connection that hyper can read and write.
 #[derive(Debug)]
-pub struct Stream(TokioIo<TcpStream>);
+pub struct Stream {
+    transport: Transport,
+    /// What was read already, to see what is spoken; comes first.
+    read_before: Bytes,
+}
+
+#[derive(Debug)]
+enum Transport {
+    Plain(TokioIo<TcpStream>),
+    /// Boxed, or every connection would have the size of one with TLS.
+    Tls(Box<TokioIo<TlsStream<TcpStream>>>),
+}
 
 // === impl Stream ===
 
 impl Stream {
-    /// Wraps a connection.
-    pub fn new(stream: TcpStream) -> Self {
-        Self(TokioIo::new(stream))
+    /// Wraps a connection without TLS.
+    pub fn plain(stream: TcpStream) -> Self {
+        Self {
+            transport: Transport::Plain(TokioIo::new(stream)),
+            read_before: Bytes::new(),
+        }
     }
 
-    fn inner(self: Pin<&mut Self>) -> Pin<&mut TokioIo<TcpStream>> {
-        Pin::new(&mut self.get_mut().0)
+    /// Wraps a connection whose TLS handshake is over.
+    pub fn tls(stream: impl Into<TlsStream<TcpStream>>) -> Self {
+        Self {
+            transport: Transport::Tls(Box::new(TokioIo::new(stream.into()))),
+            read_before: Bytes::new(),
+        }
+    }
+
+    /// Puts what was read already back in front.
+    pub fn put_back(&mut self, bytes: Bytes) {
+        self.read_before = bytes;
     }
 }
 
@@ -35,9 +60,19 @@ impl Read for Stream {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        buf: ReadBufCursor<'_>,
+        mut buf: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        self.inner().poll_read(cx, buf)
+        let this = self.get_mut();
+        if !this.read_before.is_empty() {
+            let length = this.read_before.len().min(buf.remaining());
+            buf.put_slice(&this.read_before[..length]);
+            this.read_before.advance(length);
+            return Poll::Ready(Ok(()));
+        }
+        match &mut this.transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Transport::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
     }
 }
 
@@ -47,7 +82,10 @@ impl Write for Stream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.inner().poll_write(cx, bytes)
+        match &mut self.get_mut().transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Transport::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+        }
     }
 
     fn poll_write_vectored(
@@ -55,15 +93,20 @@ impl Write for Stream {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        let stream = match &mut self.get_mut().transport {
+            Transport::Plain(stream) => Pin::new(stream),
+            // rustls copies them into its records anyway.
+            Transport::Tls(stream) => return Pin::new(stream).poll_write_vectored(cx, slices),
+        };
         if let [only] = slices {
-            return self.inner().poll_write(cx, only);
+            return stream.poll_write(cx, only);
         }
         if slices.iter().map(|slice| slice.len()).sum::<usize>() > SMALL {
-            return self.inner().poll_write_vectored(cx, slices);
+            return stream.poll_write_vectored(cx, slices);
         }
         let mut together = [0; SMALL];
         let length = flatten(slices, &mut together);
-        self.inner().poll_write(cx, &together[..length])
+        stream.poll_write(cx, &together[..length])
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -71,11 +114,17 @@ impl Write for Stream {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.inner().poll_flush(cx)
+        match &mut self.get_mut().transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Transport::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.inner().poll_shutdown(cx)
+        match &mut self.get_mut().transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Transport::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
     }
 }
 
@@ -101,7 +150,7 @@ mod tests {
     async fn arrives(parts: &[Vec<u8>]) -> Vec<u8> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).await;
-        let mut stream = Stream::new(stream.unwrap());
+        let mut stream = Stream::plain(stream.unwrap());
         let (mut other, _) = listener.accept().await.unwrap();
         let write = async move {
             let whole: usize = parts.iter().map(Vec::len).sum();

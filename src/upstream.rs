@@ -207,7 +207,7 @@ where
     ) -> Result<Connection<B>, SendError> {
         let level = self.register(backend, endpoint.id);
         let stream = dial(endpoint, backend.connections.connect_timeout).await?;
-        let (sender, driver) = http1::handshake::<_, B>(Stream::new(stream))
+        let (sender, driver) = http1::handshake::<_, B>(Stream::plain(stream))
             .await
             .map_err(SendError::Exchange)?;
         let up = level.up();

@@ -5,11 +5,11 @@
 
 mod backend;
 mod gray;
+mod listener;
 mod route;
 mod user_list;
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::path::Path as FilePath;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +23,7 @@ use super::document::{Node, Path};
 use super::file::{self, ConfigFile};
 use super::problem::{Problem, Severity, did_you_mean};
 use super::value::Misfit;
-use super::{Config, Listener, UserList, value};
+use super::{Config, UserList, value};
 
 /// What checking needs of the world around the file.
 pub(super) struct Surroundings<'s> {
@@ -96,7 +96,6 @@ struct Names {
     unresolved: bool,
 }
 
-const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(25);
 const ADMIN_ADDRESS: &str = "127.0.0.1:9901";
 
@@ -112,7 +111,7 @@ impl Checker<'_> {
             &root.key("admin").key("address"),
             value::socket_address,
         );
-        let listeners = self.listeners(&file.listeners, admin, &root.key("listeners"));
+        let listeners = self.listeners(file, admin, &root.key("listeners"));
         let shutdown = root.key("shutdown").key("timeout");
         let shutdown_timeout = self.duration(
             file.shutdown.timeout.as_deref(),
@@ -179,64 +178,6 @@ impl Checker<'_> {
             backends: backends?,
             user_lists: user_lists?,
             routes: routes?,
-        })
-    }
-
-    fn listeners(
-        &mut self,
-        listeners: &[file::Listener],
-        admin: Option<SocketAddr>,
-        at: &Path,
-    ) -> Option<Vec<Listener>> {
-        if listeners.is_empty() && !self.document.is_maimed(at) {
-            self.error(
-                at,
-                "there is no listener: nothing would take requests",
-                None,
-            );
-        }
-        self.names(
-            "listener",
-            listeners.iter().map(|listener| listener.name.as_str()),
-            at,
-        );
-        let addresses: Vec<Option<SocketAddr>> = listeners
-            .iter()
-            .map(|listener| value::socket_address(&listener.address).ok())
-            .collect();
-        for (position, address) in addresses.iter().enumerate() {
-            let Some(address) = *address else { continue };
-            let earlier = addresses[..position]
-                .iter()
-                .position(|other| other.is_some_and(|other| collide(address, other)));
-            let holder = earlier.map(|earlier| format!("listener `{}`", listeners[earlier].name));
-            let by_admin = admin.is_some_and(|admin| collide(address, admin));
-            if let Some(holder) = holder.or_else(|| by_admin.then(|| "the admin API".to_owned())) {
-                let message = format!("{holder} has this address already");
-                self.error(&at.index(position).key("address"), message, None);
-            }
-        }
-        self.each(listeners, at, Self::listener)
-    }
-
-    fn listener(&mut self, listener: &file::Listener, at: &Path) -> Option<Listener> {
-        let name = self.name(&listener.name, at);
-        let address = self.parse(&listener.address, &at.key("address"), value::socket_address);
-        let trusted_proxies = self.networks(&listener.trusted_proxies, &at.key("trustedProxies"));
-        let idle = at.key("timeouts").key("idle");
-        let idle_timeout = self.duration(listener.timeouts.idle.as_deref(), IDLE_TIMEOUT, &idle);
-        if idle_timeout == Some(Duration::ZERO) {
-            self.error(
-                &idle,
-                "an idle timeout of 0 would close every connection at once",
-                None,
-            );
-        }
-        Some(Listener {
-            name: name?,
-            address: address?,
-            trusted_proxies: trusted_proxies?,
-            idle_timeout: idle_timeout?,
         })
     }
 
@@ -467,15 +408,6 @@ impl Checker<'_> {
             hint,
         });
     }
-}
-
-/// True when the operating system lets only one of two sockets have its address. Port 0 asks for any
-/// free port, so two of them do not collide.
-fn collide(one: SocketAddr, other: SocketAddr) -> bool {
-    let overlap = one.ip() == other.ip()
-        || one.is_ipv4() == other.is_ipv4()
-            && (one.ip().is_unspecified() || other.ip().is_unspecified());
-    one.port() != 0 && one.port() == other.port() && overlap
 }
 
 // === impl Names ===

@@ -6,17 +6,20 @@ use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use tokio::time::Instant;
+use tokio::time::{Duration, Instant};
 
 use crate::backend::Lease;
+use crate::snapshot::Route;
 use crate::upstream::Loan;
 
 use super::exchange::Exchange;
+use super::headers;
 use super::timeouts::Timeout;
 
 /// The body of a request on its way to the upstream.
@@ -24,6 +27,32 @@ use super::timeouts::Timeout;
 pub struct RequestBody {
     incoming: Incoming,
     progress: Progress,
+    /// `None` without a body.
+    rules: Option<Box<BodyRules>>,
+}
+
+/// What a client has to keep to with its body.
+#[derive(Debug)]
+pub struct BodyRules {
+    /// The most bytes.
+    pub limit: Option<u64>,
+    /// The longest gap while the upstream would take more.
+    pub gap: Option<Duration>,
+    /// Measures the gap.
+    pub timeout: Timeout,
+    /// Whose guarded headers may not come as trailers.
+    pub route: Arc<Route>,
+}
+
+/// Why the body of a request breaks off.
+#[derive(Debug)]
+pub enum RequestBodyError {
+    /// The client's connection broke, or what came over it was no body.
+    Client(hyper::Error),
+    /// It is longer than is allowed.
+    TooLarge,
+    /// The client does not go on with it.
+    Stalled,
 }
 
 /// How far the body of a request has come; shared with whoever waits for the response.
@@ -52,6 +81,10 @@ enum BodyState {
     AwaitingClient,
     /// The client sent something that is no body.
     Malformed,
+    /// The client sent more than it may.
+    TooLarge,
+    /// The client sent nothing for too long.
+    Stalled,
     /// The client went away.
     Gone,
 }
@@ -95,47 +128,97 @@ pub enum BodyError {
 
 impl RequestBody {
     /// Wraps a body that is sent on from `now`, and tells how far it has come.
-    pub fn new(incoming: Incoming, now: Instant) -> (Self, Progress) {
-        let progress = if incoming.is_end_stream() {
-            Progress::NoBody(now)
-        } else {
+    pub fn new(
+        incoming: Incoming,
+        now: Instant,
+        rules: impl FnOnce() -> BodyRules,
+    ) -> (Self, Progress) {
+        let has_body = !incoming.is_end_stream();
+        let progress = if has_body {
             Progress::Body(Rc::new(Cell::new(Stage {
                 last: now,
                 state: BodyState::Moving,
                 bytes: 0,
             })))
+        } else {
+            Progress::NoBody(now)
         };
         (
             Self {
                 incoming,
                 progress: progress.clone(),
+                rules: has_body.then(|| Box::new(rules())),
             },
             progress,
         )
+    }
+
+    /// Notes what came, and what may not go on is an error.
+    fn check(
+        &mut self,
+        came: Option<Result<Frame<Bytes>, hyper::Error>>,
+    ) -> Option<Result<Frame<Bytes>, RequestBodyError>> {
+        let mut frame = match came {
+            Some(Ok(frame)) => frame,
+            Some(Err(error)) => {
+                self.progress.moved(BodyState::broken_by(&error), 0);
+                return Some(Err(RequestBodyError::Client(error)));
+            }
+            None => {
+                self.progress.moved(BodyState::Moving, 0);
+                return None;
+            }
+        };
+        let bytes = frame.data_ref().map_or(0, Bytes::len);
+        self.progress.moved(BodyState::Moving, bytes);
+        if let Some(rules) = &self.rules {
+            if rules
+                .limit
+                .is_some_and(|limit| self.progress.bytes() > limit)
+            {
+                self.progress.moved(BodyState::TooLarge, 0);
+                return Some(Err(RequestBodyError::TooLarge));
+            }
+            if let Some(trailers) = frame.trailers_mut() {
+                headers::remove_unsafe_trailers(trailers, &rules.route.guarded_headers);
+            }
+        }
+        Some(Ok(frame))
+    }
+
+    /// Waits for the client, but not for ever.
+    fn poll_gap(&self, cx: &Context<'_>) -> Poll<RequestBodyError> {
+        let Some(rules) = &self.rules else {
+            return Poll::Pending;
+        };
+        let Some(gap) = rules.gap else {
+            return Poll::Pending;
+        };
+        let ends = self.progress.last() + gap;
+        if Instant::now() < ends {
+            rules.timeout.set(Some(ends));
+        }
+        ready!(rules.timeout.poll_passed(cx));
+        self.progress.moved(BodyState::Stalled, 0);
+        Poll::Ready(RequestBodyError::Stalled)
     }
 }
 
 impl Body for RequestBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = RequestBodyError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let polled = Pin::new(&mut self.incoming).poll_frame(cx);
-        match &polled {
-            Poll::Pending => self.progress.await_client(),
-            Poll::Ready(Some(Err(error))) => self.progress.moved(BodyState::broken_by(error), 0),
-            Poll::Ready(frame) => {
-                let data = frame
-                    .as_ref()
-                    .and_then(|frame| frame.as_ref().ok()?.data_ref());
-                let bytes = data.map_or(0, Bytes::len);
-                self.progress.moved(BodyState::Moving, bytes);
+    ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
+        match Pin::new(&mut self.incoming).poll_frame(cx) {
+            Poll::Ready(came) => Poll::Ready(self.check(came)),
+            Poll::Pending => {
+                self.progress.await_client();
+                self.poll_gap(cx).map(|error| Some(Err(error)))
             }
         }
-        polled
     }
 
     fn is_end_stream(&self) -> bool {
@@ -146,6 +229,20 @@ impl Body for RequestBody {
         self.incoming.size_hint()
     }
 }
+
+// === impl RequestBodyError ===
+
+impl fmt::Display for RequestBodyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Client(error) => write!(f, "client body: {error}"),
+            Self::TooLarge => f.write_str("the request body is too large"),
+            Self::Stalled => f.write_str("the request body did not come in time"),
+        }
+    }
+}
+
+impl Error for RequestBodyError {}
 
 // === impl BodyState ===
 
@@ -179,6 +276,24 @@ impl Progress {
     /// True when the client sent something that is no body.
     pub fn is_malformed(&self) -> bool {
         self.stage().state == BodyState::Malformed
+    }
+
+    /// True when it will not come to its end, and the client is to blame.
+    pub fn was_broken_by_client(&self) -> bool {
+        !matches!(
+            self.stage().state,
+            BodyState::Moving | BodyState::AwaitingClient
+        )
+    }
+
+    /// True when the client sent more than it may.
+    pub fn is_too_large(&self) -> bool {
+        self.stage().state == BodyState::TooLarge
+    }
+
+    /// True when the client sent nothing for too long.
+    pub fn has_stalled(&self) -> bool {
+        self.stage().state == BodyState::Stalled
     }
 
     /// True while the client keeps the upstream waiting, and not the other way round.

@@ -24,6 +24,14 @@ pub enum ProxyError {
     ClientGone,
     /// The client began a body and does not go on with it.
     RequestStalled,
+    /// The target is longer than the listener allows.
+    UriTooLong,
+    /// The head has more fields than the listener allows.
+    HeadTooLarge,
+    /// The body is longer than the listener or the route allows.
+    BodyTooLarge,
+    /// The request has been here before.
+    Loop,
     /// A method that is not for gateways.
     MethodNotAllowed,
     /// The body is coded in a way that is not undone here.
@@ -69,6 +77,8 @@ impl ProxyError {
         match error {
             _ if progress.client_is_gone() => Self::ClientGone,
             _ if progress.is_malformed() => Self::RequestBody,
+            _ if progress.is_too_large() => Self::BodyTooLarge,
+            _ if progress.has_stalled() => Self::RequestStalled,
             SendError::Connect(error) if is_exhaustion(&error) => Self::Exhausted(error),
             SendError::Connect(error) => Self::Connect(error),
             SendError::ConnectTimeout => Self::ConnectTimeout,
@@ -82,6 +92,10 @@ impl ProxyError {
         match self {
             Self::BadRequest(_) | Self::RequestBody => StatusCode::BAD_REQUEST,
             Self::RequestStalled => StatusCode::REQUEST_TIMEOUT,
+            Self::UriTooLong => StatusCode::URI_TOO_LONG,
+            Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Loop => StatusCode::LOOP_DETECTED,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::TransferCoding => StatusCode::NOT_IMPLEMENTED,
             Self::NoRoute => StatusCode::NOT_FOUND,
@@ -103,7 +117,12 @@ impl ProxyError {
                 "http_request_error"
             }
             Self::Exhausted(_) => "connection_limit_reached",
-            Self::MethodNotAllowed | Self::TransferCoding => "http_request_denied",
+            Self::MethodNotAllowed
+            | Self::TransferCoding
+            | Self::UriTooLong
+            | Self::HeadTooLarge
+            | Self::BodyTooLarge => "http_request_denied",
+            Self::Loop => "proxy_loop_detected",
             Self::NoRoute => "destination_not_found",
             Self::NoEndpoint => "destination_unavailable",
             Self::Connect(error) => match error.kind() {
@@ -129,9 +148,12 @@ impl ProxyError {
             | Self::RequestBody
             | Self::ClientGone
             | Self::RequestStalled
+            | Self::UriTooLong
+            | Self::HeadTooLarge
+            | Self::BodyTooLarge
             | Self::MethodNotAllowed
             | Self::TransferCoding => Side::Client,
-            Self::NoRoute | Self::Exhausted(_) => Side::Proxy,
+            Self::NoRoute | Self::Loop | Self::Exhausted(_) => Side::Proxy,
             _ => Side::Upstream,
         }
     }
@@ -173,6 +195,10 @@ impl ProxyError {
             Self::TransferCoding => "no transfer coding but chunked is served",
             Self::Exhausted(_) => "the proxy can open no more connections",
             Self::RequestStalled => "the request body did not come in time",
+            Self::UriTooLong => "the request target is too long",
+            Self::HeadTooLarge => "the request has too many header fields",
+            Self::BodyTooLarge => "the request body is too large",
+            Self::Loop => "the request has passed through this proxy before",
             Self::MethodNotAllowed => "this method is not served",
             Self::NoRoute => "no route takes this host and path",
             Self::NoEndpoint => "no endpoint is available",

@@ -169,7 +169,7 @@ impl Exchange {
     pub fn was_broken_by_client(&self) -> bool {
         self.request_body
             .as_ref()
-            .is_some_and(|body| body.client_is_gone() || body.is_malformed())
+            .is_some_and(Progress::was_broken_by_client)
     }
 
     fn failed(&mut self, error: &'static str) {

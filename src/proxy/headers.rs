@@ -3,13 +3,14 @@
 
 use http::header::{
     CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName,
-    HeaderValue, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VARY,
+    HeaderValue, SET_COOKIE, TE, TRANSFER_ENCODING, UPGRADE, VARY,
 };
 use http::request::Parts;
 use http::{Uri, Version};
 use hyper::body::Body;
 
 use crate::backend::{Backend, Endpoint};
+use crate::config;
 use crate::routing::identity::ANONYMOUS_COOKIE;
 use crate::routing::request::text;
 use crate::routing::{BASELINE, Decision};
@@ -26,7 +27,9 @@ const X_SERIN_DECISION: HeaderName = HeaderName::from_static("x-serin-decision")
 
 /// Fields that are for one connection only (RFC 9110 section 7.6.1, and Proxy-Connection, which
 /// never was a standard). `Trailer` stays: hyper sends only trailers that it names.
-const HOP_BY_HOP: [HeaderName; 6] = [
+const HOP_BY_HOP: [HeaderName; 7] = [
+    // For the upgrade to HTTP/2 that RFC 9113 has abolished, and that only smuggles (section 3.1).
+    HeaderName::from_static("http2-settings"),
     CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
@@ -62,10 +65,13 @@ impl Survey {
     const HOP_BY_HOP: u16 = 1 << 1;
     const TRANSFER_ENCODING: u16 = 1 << 2;
     const FORWARDING: u16 = 1 << 3;
-    const TRAILER: u16 = 1 << 4;
     const EXPECT: u16 = 1 << 5;
     const OURS: u16 = 1 << 6;
     const AMBIGUOUS: u16 = 1 << 7;
+    const TE: u16 = 1 << 8;
+    /// A `Via` field.
+    pub const VIA: u16 = 1 << 9;
+    const COOKIE: u16 = 1 << 10;
 
     /// Looks at every name once.
     pub fn of(headers: &HeaderMap) -> Self {
@@ -85,7 +91,7 @@ impl Survey {
     fn care(name: &str) -> u16 {
         if !matches!(
             name.as_bytes().first(),
-            Some(b'c' | b'e' | b'f' | b'k' | b'p' | b't' | b'u' | b'x')
+            Some(b'c' | b'e' | b'f' | b'h' | b'k' | b'p' | b't' | b'u' | b'v' | b'x')
         ) {
             // Neither `host` nor `accept` and the like need to be compared with all of them.
             return if name.contains('_') {
@@ -97,10 +103,12 @@ impl Survey {
         match name {
             "connection" => Self::CONNECTION | Self::HOP_BY_HOP,
             "transfer-encoding" => Self::TRANSFER_ENCODING | Self::HOP_BY_HOP,
-            "keep-alive" | "proxy-connection" | "te" | "upgrade" => Self::HOP_BY_HOP,
+            "keep-alive" | "proxy-connection" | "upgrade" | "http2-settings" => Self::HOP_BY_HOP,
+            "te" => Self::TE | Self::HOP_BY_HOP,
+            "via" => Self::VIA,
+            "cookie" => Self::COOKIE,
             "forwarded" | "x-forwarded-for" | "x-forwarded-host" | "x-forwarded-port"
             | "x-forwarded-proto" | "x-real-ip" => Self::FORWARDING,
-            "trailer" => Self::TRAILER,
             "expect" => Self::EXPECT,
             "x-service-version" | "x-serin-decision" => Self::OURS,
             name if name.contains('_') => Self::AMBIGUOUS,
@@ -108,7 +116,8 @@ impl Survey {
         }
     }
 
-    fn has(self, care: u16) -> bool {
+    /// True when there is a field of this kind.
+    pub fn has(self, care: u16) -> bool {
         self.cares & care != 0
     }
 }
@@ -161,6 +170,46 @@ pub fn refuse_transfer_coding(
     }
 }
 
+/// Refuses a head that is larger than its listener allows.
+///
+/// # Errors
+///
+/// [`ProxyError::UriTooLong`] and [`ProxyError::HeadTooLarge`].
+pub fn refuse_beyond_limits(
+    parts: &Parts,
+    listener: Option<&config::Listener>,
+) -> Result<(), ProxyError> {
+    let Some(config::Listener { limits, .. }) = listener else {
+        return Ok(());
+    };
+    let target = parts.uri.path_and_query();
+    if target.is_some_and(|target| target.as_str().len() > limits.uri) {
+        return Err(ProxyError::UriTooLong);
+    }
+    if parts.headers.len() > limits.header_fields {
+        return Err(ProxyError::HeadTooLarge);
+    }
+    Ok(())
+}
+
+/// Makes one field of several `Cookie` fields: HTTP/2 may send each cookie in its own (RFC 9113
+/// section 8.2.3), and nobody behind us may see other cookies than we do.
+pub fn join_cookies(headers: &mut HeaderMap, survey: Survey) {
+    if !survey.repeated || !survey.has(Survey::COOKIE) {
+        return;
+    }
+    let crumbs: Vec<&[u8]> = headers
+        .get_all(COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
+    if crumbs.len() > 1
+        && let Ok(joined) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..]))
+    {
+        headers.insert(COOKIE, joined);
+    }
+}
+
 /// Makes a request ready for the endpoint.
 pub fn prepare_request(
     parts: &mut Parts,
@@ -189,8 +238,13 @@ pub fn prepare_request(
             headers.remove(name);
         }
     }
-    if survey.has(Survey::TRAILER) {
-        remove_unsafe_trailers(headers, &route.guarded_headers);
+    if let Some(tls) = &origin.peer.tls
+        && let Some((name, subject)) = &tls.subject
+    {
+        match subject {
+            Some(subject) => drop(headers.insert(name, subject.clone())),
+            None => drop(headers.remove(name)),
+        }
     }
     let host = headers.get(HOST).cloned();
     let host = host.or_else(|| authority_value(&parts.uri).inspect(|host| set_host(headers, host)));
@@ -322,19 +376,21 @@ fn may_not_be_nominated(name: &HeaderName) -> bool {
         || FORWARDING.contains(name)
 }
 
-/// hyper sends the trailers that `Trailer` names, and what may not come in the head from anybody may
-/// not come behind the body either: then none comes.
-fn remove_unsafe_trailers(headers: &mut HeaderMap, guarded: &[HeaderName]) {
-    let named = headers.get_all(TRAILER).iter().filter_map(text);
-    let mut names = named.flat_map(|line| line.split(',')).map(str::trim);
-    let is_unsafe = |name: &str| {
-        name.contains('_')
-            || HeaderName::from_bytes(name.as_bytes()).is_ok_and(|name| {
-                may_not_be_nominated(&name) || guarded.contains(&name) || HOP_BY_HOP.contains(&name)
-            })
+/// What may not come in the head from anybody may not come behind the body either.
+pub(super) fn remove_unsafe_trailers(trailers: &mut HeaderMap, guarded: &[HeaderName]) {
+    let is_unsafe = |name: &HeaderName| {
+        name.as_str().contains('_')
+            || may_not_be_nominated(name)
+            || guarded.contains(name)
+            || HOP_BY_HOP.contains(name)
     };
-    if names.any(is_unsafe) {
-        headers.remove(TRAILER);
+    let unsafe_names: Vec<HeaderName> = trailers
+        .keys()
+        .filter(|name| is_unsafe(name))
+        .cloned()
+        .collect();
+    for name in unsafe_names {
+        trailers.remove(name);
     }
 }
 
@@ -358,7 +414,7 @@ fn forward(
     origin: &Origin<'_>,
     host: Option<&HeaderValue>,
 ) {
-    let proto = HeaderValue::from_static("http");
+    let proto = HeaderValue::from_static(origin.scheme());
     if origin.trusted && survey.has(Survey::FORWARDING) {
         let chain = forwarded_chain(headers, &origin.peer.forwarded);
         headers.insert(X_FORWARDED_FOR, chain);
@@ -411,6 +467,8 @@ fn origin_form(uri: &Uri) -> Uri {
 
 #[cfg(test)]
 mod tests {
+    use http::header::VIA;
+
     use super::*;
 
     #[test]
@@ -421,7 +479,9 @@ mod tests {
             (&FORWARDING, Survey::FORWARDING),
             (&[X_SERVICE_VERSION, X_SERIN_DECISION], Survey::OURS),
             (&[EXPECT], Survey::EXPECT),
-            (&[TRAILER], Survey::TRAILER),
+            (&[TE], Survey::TE),
+            (&[VIA], Survey::VIA),
+            (&[COOKIE], Survey::COOKIE),
             (&[CONNECTION], Survey::CONNECTION),
             (&[TRANSFER_ENCODING], Survey::TRANSFER_ENCODING),
             (&[HeaderName::from_static("x_user_id")], Survey::AMBIGUOUS),

@@ -2,15 +2,19 @@
 
 use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use http::header::{HOST, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::uri::Authority;
 use http::{Method, Uri, Version};
+use rustls::{ProtocolVersion, ServerConnection};
 
+use crate::config;
 use crate::routing::RequestHead;
 use crate::routing::request::text;
 use crate::snapshot::Snapshot;
+use crate::tls::{ALPN_HTTP2, certificate};
 
 use super::error::ProxyError;
 use super::headers::Survey;
@@ -27,6 +31,19 @@ pub struct Peer {
     pub address: SocketAddr,
     /// What is written of it into X-Forwarded-For; made once for all its requests.
     pub forwarded: HeaderValue,
+    /// What came of its TLS handshake; `None` without TLS.
+    pub tls: Option<TlsSession>,
+}
+
+/// What came of a client's TLS handshake.
+#[derive(Clone, Debug)]
+pub struct TlsSession {
+    /// The version, as in `TLSv1.3`.
+    pub version: &'static str,
+    /// The header in which the subject of the client's certificate is passed on, and the subject.
+    pub subject: Option<(HeaderName, Option<HeaderValue>)>,
+    /// The handshake agreed on HTTP/2.
+    pub speaks_http2: bool,
 }
 
 /// Where a request comes from.
@@ -34,6 +51,8 @@ pub struct Peer {
 pub struct Origin<'p> {
     /// The other end of the connection.
     pub peer: &'p Peer,
+    /// The listener that it came through, as it is configured now.
+    pub listener: Option<&'p config::Listener>,
     /// The client: the peer, or whom trusted proxies name.
     pub client: IpAddr,
     /// True when the peer is one of the listener's trusted proxies.
@@ -51,6 +70,30 @@ impl Peer {
             address,
             forwarded: HeaderValue::from_str(&shown)
                 .unwrap_or_else(|_| HeaderValue::from_static("unknown")),
+            tls: None,
+        }
+    }
+}
+
+// === impl TlsSession ===
+
+impl TlsSession {
+    /// What a handshake that is over has given.
+    pub fn of(connection: &ServerConnection, subject_header: Option<HeaderName>) -> Self {
+        let version = match connection.protocol_version() {
+            Some(ProtocolVersion::TLSv1_2) => "TLSv1.2",
+            Some(ProtocolVersion::TLSv1_3) => "TLSv1.3",
+            _ => "unknown",
+        };
+        let leaf = connection.peer_certificates().and_then(<[_]>::first);
+        let subject = || {
+            let subject = certificate::subject(leaf?)?;
+            HeaderValue::from_bytes(subject.as_bytes()).ok()
+        };
+        Self {
+            version,
+            subject: subject_header.map(|header| (header, subject())),
+            speaks_http2: connection.alpn_protocol() == Some(ALPN_HTTP2),
         }
     }
 }
@@ -60,16 +103,18 @@ impl Peer {
 impl<'p> Origin<'p> {
     /// Finds the client: from the right of X-Forwarded-For, the first address that is not a trusted
     /// proxy's, since what stands left of it anybody could have written.
-    pub fn new(snapshot: &Snapshot, peer: &'p Peer, headers: &HeaderMap) -> Self {
+    pub fn new(snapshot: &'p Snapshot, peer: &'p Peer, headers: &HeaderMap) -> Self {
         let address = peer.address.ip().to_canonical();
-        let proxies = snapshot
-            .listener(peer.listener)
+        let listener = snapshot.listener(peer.listener);
+        let listener = listener.map(|listener| &listener.settings);
+        let proxies = listener
             .map(|listener| &*listener.trusted_proxies)
             .unwrap_or_default();
         let is_proxy = |address: &IpAddr| proxies.iter().any(|network| network.contains(address));
         if !is_proxy(&address) {
             return Self {
                 peer,
+                listener,
                 client: address,
                 trusted: false,
             };
@@ -86,6 +131,7 @@ impl<'p> Origin<'p> {
         }
         Self {
             peer,
+            listener,
             client,
             trusted: true,
         }
@@ -93,6 +139,20 @@ impl<'p> Origin<'p> {
 }
 
 impl Origin<'_> {
+    /// The longest gap in the body of a request.
+    pub fn body_gap(&self) -> Option<Duration> {
+        self.listener.map(|listener| listener.timeouts.request_body)
+    }
+
+    /// The scheme of the request as its client sees it.
+    pub fn scheme(&self) -> &'static str {
+        if self.peer.tls.is_some() {
+            "https"
+        } else {
+            "http"
+        }
+    }
+
     /// The client as text.
     pub fn client_text(&self) -> Cow<'_, str> {
         match self.peer.forwarded.to_str() {
@@ -154,13 +214,19 @@ pub fn host(parts: &Parts, survey: Survey) -> Result<Cow<'_, str>, ProxyError> {
             ));
         }
         (None, Some(field)) => host_field(field)?,
-        (Some(authority), None) if parts.version == Version::HTTP_10 => {
+        (Some(authority), None) if !needs_host_field(parts.version) => {
             valid_authority(authority.as_str())?
         }
         (None, None) if parts.version == Version::HTTP_10 => "",
         (_, None) => return Err(ProxyError::BadRequest("no Host header")),
     };
     Ok(normalize_host(authority))
+}
+
+/// HTTP/1.1 has no request without a Host field; HTTP/1.0 does not know it, and HTTP/2 has
+/// `:authority` instead (RFC 9113 section 8.3.1).
+fn needs_host_field(version: Version) -> bool {
+    version == Version::HTTP_11
 }
 
 /// True for what nearly every host is: a name in lower case without a port, which needs no further

@@ -26,6 +26,15 @@ pub enum Hostname {
     Wildcard(String),
 }
 
+impl std::fmt::Display for Hostname {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exact(name) => f.write_str(name),
+            Self::Wildcard(suffix) => write!(f, "*.{suffix}"),
+        }
+    }
+}
+
 /// What one match of a route asks of a request.
 #[derive(Clone, Debug)]
 pub struct RouteMatch {

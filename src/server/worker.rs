@@ -1,41 +1,28 @@
 //! A worker: one thread, one runtime, its own connections to clients and to endpoints.
 
-use std::cell::Cell;
-use std::convert::Infallible;
-use std::future::poll_fn;
 use std::io;
 use std::net::TcpStream;
-use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::stream::Stream;
-use http::header::{CONNECTION, HeaderValue};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
 use tokio::sync::{mpsc, watch};
-use tokio::time::sleep;
 use tracing::debug;
 
 use crate::proxy::Proxy;
 use crate::proxy::origin::Peer;
 use crate::proxy::timeouts::Timeouts;
+use crate::proxy::via::Via;
 use crate::snapshot::{Live, Reader};
 use crate::telemetry::metrics::{Metrics, Up, WorkerMetrics};
 use crate::upstream::Pools;
 
-use super::Phase;
+use super::{Phase, connection};
 
 /// How often idle connections to endpoints are looked at, and lines of the access log handed over.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
-
-/// How long a connection that has to end waits for a request, so as to say with its response that it
-/// is the last one: a request that is on its way when an idle connection is closed is lost.
-const LAST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 
 /// A connection on its way to a worker.
 #[derive(Debug)]
@@ -59,13 +46,14 @@ pub struct WorkerHandle {
 
 /// Counts a connection as one of its worker's, from before it is handed over until it has ended.
 #[derive(Debug)]
-struct Serving(Arc<AtomicUsize>);
+pub(super) struct Serving(Arc<AtomicUsize>);
 
 struct Worker {
     index: usize,
     inbox: mpsc::UnboundedReceiver<(Accepted, Serving)>,
     live: Arc<Live>,
     metrics: Arc<Metrics>,
+    via: Via,
 }
 
 // === impl WorkerHandle ===
@@ -80,6 +68,7 @@ impl WorkerHandle {
         index: usize,
         live: Arc<Live>,
         metrics: Arc<Metrics>,
+        via: Via,
     ) -> io::Result<(Self, JoinHandle<()>)> {
         let (sender, inbox) = mpsc::unbounded_channel();
         let worker = Worker {
@@ -87,6 +76,7 @@ impl WorkerHandle {
             inbox,
             live,
             metrics,
+            via,
         };
         let (started, has_started) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
@@ -147,13 +137,13 @@ impl Worker {
             all: self.metrics,
             worker: self.index,
         };
-        let proxy = Proxy::new(reader, Rc::clone(&pools), metrics, timeouts);
+        let proxy = Proxy::new(reader, Rc::clone(&pools), metrics, timeouts, self.via);
         let proxy = Rc::new(proxy);
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
         loop {
             tokio::select! {
                 handed = self.inbox.recv() => match handed {
-                    Some((accepted, serving)) => drop(tokio::task::spawn_local(serve(Rc::clone(&proxy), accepted, serving))),
+                    Some((accepted, serving)) => drop(tokio::task::spawn_local(connection::serve(Rc::clone(&proxy), accepted, serving))),
                     None => return,
                 },
                 // A worker without requests would hold on to the old snapshot, with its user lists,
@@ -171,79 +161,4 @@ fn local_runtime() -> io::Result<tokio::runtime::LocalRuntime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build_local(tokio::runtime::LocalOptions::default())
-}
-
-/// Serves a connection to its end. The place where HTTP/2 will branch off.
-async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
-    let Accepted {
-        stream,
-        peer,
-        phase,
-        active: _active,
-    } = accepted;
-    let stream = match tokio::net::TcpStream::from_std(stream) {
-        Ok(stream) => stream,
-        Err(error) => return debug!(%error, "connection cannot be served"),
-    };
-    let draining = Cell::new(false);
-    let service = service_fn(|request| {
-        let served = proxy.handle(&peer, request);
-        async {
-            let mut response = served.await;
-            if draining.get() {
-                // With this hyper closes the connection after the response.
-                response
-                    .headers_mut()
-                    .insert(CONNECTION, HeaderValue::from_static("close"));
-            }
-            Ok::<_, Infallible>(response)
-        }
-    });
-    let connection = http1::Builder::new()
-        .timer(proxy.timer())
-        .header_read_timeout(proxy.live().current().idle_timeout(peer.listener))
-        .serve_connection(Stream::new(stream), service);
-    let mut connection = pin!(connection);
-    let ended = match until_drained(connection.as_mut(), phase, &draining).await {
-        Some(ended) => ended,
-        None => {
-            // Closes an idle connection now, and another one after its response.
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = ended {
-        debug!(%error, peer = %peer.address, "connection ended");
-    }
-}
-
-/// Serves a connection until it ends, or has to: then `draining` is set at once, and when it still
-/// stands a grace later, this gives `None`.
-async fn until_drained<C: Future>(
-    mut connection: Pin<&mut C>,
-    mut phase: watch::Receiver<Phase>,
-    draining: &Cell<bool>,
-) -> Option<C::Output> {
-    let told = phase.clone();
-    let drain = async {
-        // The sender's end is a drop, which says the same as `Draining`.
-        let _ = phase.wait_for(|phase| *phase == Phase::Draining).await;
-        draining.set(true);
-        sleep(LAST_REQUEST_GRACE).await;
-    };
-    let mut drain = pin!(drain);
-    let mut is_watched = false;
-    poll_fn(|cx| {
-        // The drain first: a response that comes at the same moment must say that it is the last.
-        // And only when it has begun, since to wait for it takes a lock that all connections share;
-        // once it is watched, it wakes us.
-        if !is_watched || draining.get() || told.has_changed().unwrap_or(true) {
-            is_watched = true;
-            if drain.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(None);
-            }
-        }
-        connection.as_mut().poll(cx).map(Some)
-    })
-    .await
 }

@@ -210,6 +210,11 @@ const DEFINITIONS: &[Definition] = &[
         Some(Unit::Seconds),
         "When the list should be gone, where the configuration says so.",
     ),
+    gauge(
+        "serin_certificate_not_after_timestamp_seconds",
+        Some(Unit::Seconds),
+        "When a certificate expires.",
+    ),
     counter(
         "serin_access_log_dropped_total",
         "Lines of the access log that could not be written.",

@@ -1,14 +1,19 @@
 //! Clients: one that speaks HTTP well, and one that sends whatever bytes it is told.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, StatusCode};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use super::PATIENCE;
@@ -18,12 +23,20 @@ use super::PATIENCE;
 pub(crate) struct Reply {
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
+    pub(crate) trailers: HeaderMap,
     pub(crate) body: Bytes,
 }
 
+/// The body of a request.
+pub(crate) type Body = BoxBody<Bytes, Infallible>;
+
 /// A client with one connection that is kept alive.
-pub(crate) struct Client {
-    sender: SendRequest<Full<Bytes>>,
+#[derive(Clone)]
+pub(crate) enum Client {
+    /// Speaks HTTP/1.1. Clones share the connection, one request after the other.
+    Http1(Arc<Mutex<http1::SendRequest<Body>>>),
+    /// Speaks HTTP/2. Clones share the connection, all requests at once.
+    Http2(http2::SendRequest<Body>),
 }
 
 /// A connection without any manners.
@@ -31,6 +44,11 @@ pub(crate) struct Raw {
     pub(crate) stream: TcpStream,
     read: Vec<u8>,
 }
+
+/// A connection of any kind.
+pub(crate) trait Connection: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Connection for T {}
 
 /// Sends one GET on a connection of its own.
 pub(crate) async fn get(address: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Reply {
@@ -53,12 +71,29 @@ impl Reply {
 }
 
 impl Client {
+    /// Speaks HTTP/1.1 without TLS.
     pub(crate) async fn connect(address: SocketAddr) -> Self {
-        let stream = TcpStream::connect(address).await.unwrap();
-        stream.set_nodelay(true).unwrap();
+        Self::http1(dial(address).await).await
+    }
+
+    /// Speaks HTTP/2 without TLS, by prior knowledge.
+    pub(crate) async fn h2c(address: SocketAddr) -> Self {
+        Self::http2(dial(address).await).await
+    }
+
+    /// Speaks HTTP/1.1 over a connection that stands.
+    pub(crate) async fn http1(stream: impl Connection) -> Self {
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection.with_upgrades());
+        Self::Http1(Arc::new(Mutex::new(sender)))
+    }
+
+    /// Speaks HTTP/2 over a connection that stands.
+    pub(crate) async fn http2(stream: impl Connection) -> Self {
+        let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+        let (sender, connection) = handshake.await.unwrap();
         tokio::spawn(connection);
-        Self { sender }
+        Self::Http2(sender)
     }
 
     pub(crate) async fn get(&mut self, path: &str, headers: &[(&str, &str)]) -> Reply {
@@ -67,6 +102,8 @@ impl Client {
             .unwrap_or_else(|error| panic!("{path}: {error}"))
     }
 
+    /// Sends a request and reads its response to the end. `host` among the headers is what the
+    /// request is for, in HTTP/2 as well.
     pub(crate) async fn send(
         &mut self,
         method: Method,
@@ -74,31 +111,64 @@ impl Client {
         headers: &[(&str, &str)],
         body: impl Into<Bytes>,
     ) -> Result<Reply, hyper::Error> {
-        let mut request = Request::builder().method(method).uri(path);
-        if !headers.iter().any(|(name, _)| *name == "host") {
-            request = request.header("host", "shop.example.com");
+        let mut request = Request::builder().method(method);
+        let host = headers.iter().find(|(name, _)| *name == "host");
+        let host = host.map_or("shop.example.com", |(_, host)| host);
+        match self {
+            Self::Http1(_) => request = request.uri(path).header("host", host),
+            Self::Http2(_) => request = request.uri(format!("http://{host}{path}")),
         }
-        for (name, value) in headers {
+        for (name, value) in headers.iter().filter(|(name, _)| *name != "host") {
             request = request.header(*name, *value);
         }
-        self.sender.ready().await?;
-        let request = request.body(Full::new(body.into())).unwrap();
-        let response = timeout(PATIENCE, self.sender.send_request(request));
-        let (head, body) = response.await.expect("a response")?.into_parts();
+        let request = request.body(Full::new(body.into()).boxed()).unwrap();
+        let response = self.request(request).await?;
+        let (head, body) = response.into_parts();
         let body = timeout(PATIENCE, body.collect()).await;
-        let body = body.expect("the whole body")?.to_bytes();
+        let body = body.expect("the whole body")?;
         Ok(Reply {
             status: head.status,
             headers: head.headers,
-            body,
+            trailers: body.trailers().cloned().unwrap_or_default(),
+            body: body.to_bytes(),
         })
     }
+
+    /// Sends a request as it is, and waits for the head of its response.
+    pub(crate) async fn request(
+        &mut self,
+        request: Request<Body>,
+    ) -> Result<Response<Incoming>, hyper::Error> {
+        let response = async {
+            match self {
+                Self::Http1(sender) => {
+                    let mut sender = sender.lock().await;
+                    sender.ready().await?;
+                    sender.send_request(request).await
+                }
+                Self::Http2(sender) => {
+                    sender.ready().await?;
+                    sender.send_request(request).await
+                }
+            }
+        };
+        timeout(PATIENCE, response).await.expect("a response")
+    }
+}
+
+async fn dial(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).await.unwrap();
+    stream.set_nodelay(true).unwrap();
+    stream
 }
 
 impl Raw {
     pub(crate) async fn connect(address: SocketAddr) -> Self {
-        let stream = TcpStream::connect(address).await.unwrap();
-        stream.set_nodelay(true).unwrap();
+        Self::over(dial(address).await)
+    }
+
+    /// A connection that stands already.
+    pub(crate) fn over(stream: TcpStream) -> Self {
         Self {
             stream,
             read: Vec::new(),

@@ -12,12 +12,16 @@ use http::{Request, Response};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper::server::conn::http1;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::ServerConfig;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
+use tokio_rustls::TlsAcceptor;
+
+use super::client::Connection;
 
 type Body = BoxBody<Bytes, hyper::Error>;
 
@@ -46,7 +50,22 @@ struct State {
 }
 
 impl Upstream {
+    /// Speaks HTTP/1.1.
     pub(crate) async fn start(name: &str) -> Self {
+        Self::speaking(name, Speaks::Http1).await
+    }
+
+    /// Speaks HTTP/2 by prior knowledge.
+    pub(crate) async fn h2c(name: &str) -> Self {
+        Self::speaking(name, Speaks::Http2).await
+    }
+
+    /// Speaks what is agreed on by ALPN.
+    pub(crate) async fn tls(name: &str, config: ServerConfig) -> Self {
+        Self::speaking(name, Speaks::Tls(TlsAcceptor::from(Arc::new(config)))).await
+    }
+
+    async fn speaking(name: &str, speaks: Speaks) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let state = Arc::new(State {
@@ -56,7 +75,7 @@ impl Upstream {
             held: AtomicUsize::new(0),
             release: Notify::new(),
         });
-        tokio::spawn(accept(listener, Arc::clone(&state)));
+        tokio::spawn(accept(listener, speaks, Arc::clone(&state)));
         Self { address, state }
     }
 
@@ -81,18 +100,47 @@ impl Upstream {
     }
 }
 
-async fn accept(listener: TcpListener, state: Arc<State>) {
+/// What an upstream speaks.
+#[derive(Clone)]
+enum Speaks {
+    Http1,
+    Http2,
+    Tls(TlsAcceptor),
+}
+
+async fn accept(listener: TcpListener, speaks: Speaks, state: Arc<State>) {
     while let Ok((stream, _)) = listener.accept().await {
         state.connections.fetch_add(1, Ordering::SeqCst);
-        let state = Arc::clone(&state);
+        stream.set_nodelay(true).unwrap();
+        let (state, speaks) = (Arc::clone(&state), speaks.clone());
         tokio::spawn(async move {
-            stream.set_nodelay(true).unwrap();
-            let service = service_fn(|request| answer(Arc::clone(&state), request));
-            // The proxy may close the connection at any time.
-            let _ = http1::Builder::new()
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
+            match speaks {
+                Speaks::Http1 => serve(stream, false, state).await,
+                Speaks::Http2 => serve(stream, true, state).await,
+                // A client that does not believe us has left.
+                Speaks::Tls(acceptor) => {
+                    if let Ok(stream) = acceptor.accept(stream).await {
+                        let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                        serve(stream, http2, state).await;
+                    }
+                }
+            }
         });
+    }
+}
+
+async fn serve(stream: impl Connection, http2: bool, state: Arc<State>) {
+    let service = service_fn(|request| answer(Arc::clone(&state), request));
+    let stream = TokioIo::new(stream);
+    // The proxy may close the connection at any time.
+    if http2 {
+        let state = Arc::clone(&state);
+        let service = service_fn(move |request| answer(Arc::clone(&state), request));
+        let builder = http2::Builder::new(TokioExecutor::new());
+        let _ = builder.serve_connection(stream, service).await;
+    } else {
+        let builder = http1::Builder::new();
+        let _ = builder.serve_connection(stream, service).await;
     }
 }
 

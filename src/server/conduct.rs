@@ -1,0 +1,288 @@
+//! How long the client of a connection may take: for a request head, between requests, and to take
+//! what it is sent.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::{io, mem};
+
+use hyper::rt::{Read, ReadBuf, ReadBufCursor, Write};
+use tokio::time::{Duration, Instant};
+
+use crate::config::ListenerTimeouts;
+use crate::proxy::timeouts::Timeout;
+use crate::stream::Stream;
+
+/// How long a client is listened to that has been told the last of us, and how much: as long as it
+/// sends, closing would reset the connection and lose what it has not read yet (RFC 9112 section
+/// 9.6).
+const LINGER: Duration = Duration::from_secs(2);
+const LINGER_BYTES: usize = 1 << 20;
+
+/// What a client does with its connection, and how long it may go on so.
+///
+/// One thread uses it; the lock is there because hyper wants connections that may be upgraded to be
+/// `Send`.
+#[derive(Debug)]
+pub(super) struct Conduct {
+    limits: ListenerTimeouts,
+    /// In HTTP/1 the first byte between requests begins a head; in HTTP/2 it may be anything.
+    watches_heads: bool,
+    timeout: Timeout,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Requests that are not answered to the end.
+    requests: usize,
+    /// The request head must stand by then; without one, the next must have begun.
+    turn_ends: Instant,
+    in_head: bool,
+    /// Some request had a body, of which something may still come.
+    had_body: bool,
+    /// Since when nothing is taken of what there is to write.
+    blocked: Option<Instant>,
+    /// Until when a client is listened to that has been told the last.
+    linger_ends: Option<Instant>,
+    /// What the timeout is set to.
+    armed: Instant,
+}
+
+/// What a client has done for too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outlasted {
+    /// It sent no request, or not the whole head of one.
+    Idle,
+    /// It took nothing of what it was sent.
+    Blocked,
+    /// It went on sending after the end.
+    Lingering,
+}
+
+/// A request that is being served, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Busy(Arc<Conduct>);
+
+/// A client's connection whose use is watched.
+#[derive(Debug)]
+pub(super) struct Watched {
+    stream: Stream,
+    conduct: Arc<Conduct>,
+    lingered: usize,
+}
+
+// === impl Conduct ===
+
+impl Conduct {
+    /// Begins with a connection that has sent its first byte.
+    pub(super) fn new(
+        limits: ListenerTimeouts,
+        watches_heads: bool,
+        timeout: Timeout,
+    ) -> Arc<Self> {
+        let turn_ends = Instant::now() + limits.request_head;
+        timeout.set(Some(turn_ends));
+        Arc::new(Self {
+            limits,
+            watches_heads,
+            timeout,
+            state: Mutex::new(State {
+                requests: 0,
+                turn_ends,
+                in_head: true,
+                had_body: false,
+                blocked: None,
+                linger_ends: None,
+                armed: turn_ends,
+            }),
+        })
+    }
+
+    /// A request head stands; `has_body` says that more of the request may come.
+    pub(super) fn begin(self: &Arc<Self>, has_body: bool) -> Busy {
+        let mut state = self.lock();
+        state.requests += 1;
+        state.in_head = false;
+        state.had_body |= has_body;
+        Busy(Arc::clone(self))
+    }
+
+    /// Waits until the client has done something for too long.
+    pub(super) fn poll_outlasted(&self, cx: &Context<'_>) -> Poll<Outlasted> {
+        loop {
+            ready!(self.timeout.poll_passed(cx));
+            let now = Instant::now();
+            let mut state = self.lock();
+            match state.next(&self.limits) {
+                Some((what, end)) if end <= now => return Poll::Ready(what),
+                // Far enough away not to be asked again and again while requests are served.
+                next => self.arm(
+                    &mut state,
+                    next.map_or(now + self.limits.idle, |(_, end)| end),
+                ),
+            }
+        }
+    }
+
+    fn came(&self) {
+        let mut state = self.lock();
+        if self.watches_heads && state.requests == 0 && !mem::replace(&mut state.in_head, true) {
+            self.turn(&mut state, self.limits.request_head);
+        }
+    }
+
+    fn ended(&self) {
+        let mut state = self.lock();
+        state.requests -= 1;
+        if state.requests == 0 {
+            self.turn(&mut state, self.limits.idle);
+        }
+    }
+
+    fn wrote(&self, is_blocked: bool) {
+        let mut state = self.lock();
+        if !is_blocked {
+            state.blocked = None;
+        } else if state.blocked.is_none() {
+            let now = Instant::now();
+            state.blocked = Some(now);
+            self.arm_at_latest(&mut state, now + self.limits.write);
+        }
+    }
+
+    /// True while a client that was told the last may be listened to.
+    fn lingers(&self) -> bool {
+        let mut state = self.lock();
+        if state.had_body && state.linger_ends.is_none() {
+            let end = Instant::now() + LINGER;
+            state.linger_ends = Some(end);
+            self.arm_at_latest(&mut state, end);
+        }
+        state.had_body
+    }
+
+    fn turn(&self, state: &mut State, limit: Duration) {
+        state.turn_ends = Instant::now() + limit;
+        self.arm_at_latest(state, state.turn_ends);
+    }
+
+    fn arm_at_latest(&self, state: &mut State, end: Instant) {
+        if end < state.armed {
+            self.arm(state, end);
+        }
+    }
+
+    fn arm(&self, state: &mut State, end: Instant) {
+        state.armed = end;
+        self.timeout.set(Some(end));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn next(&self, limits: &ListenerTimeouts) -> Option<(Outlasted, Instant)> {
+        let turn = (self.requests == 0).then_some((Outlasted::Idle, self.turn_ends));
+        let blocked = self
+            .blocked
+            .map(|since| (Outlasted::Blocked, since + limits.write));
+        let lingering = self.linger_ends.map(|end| (Outlasted::Lingering, end));
+        let ends = [turn, blocked, lingering].into_iter().flatten();
+        ends.min_by_key(|(_, end)| *end)
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.ended();
+    }
+}
+
+// === impl Watched ===
+
+impl Watched {
+    pub(super) fn new(stream: Stream, conduct: Arc<Conduct>) -> Self {
+        Self {
+            stream,
+            conduct,
+            lingered: 0,
+        }
+    }
+
+    /// What its client does.
+    pub(super) fn conduct(&self) -> Arc<Conduct> {
+        Arc::clone(&self.conduct)
+    }
+
+    fn note<T>(&self, written: Poll<T>) -> Poll<T> {
+        self.conduct.wrote(written.is_pending());
+        written
+    }
+
+    /// Reads what still comes and throws it away.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut scratch = [0; 4096];
+        while self.lingered < LINGER_BYTES {
+            let mut buffer = ReadBuf::new(&mut scratch);
+            match ready!(Pin::new(&mut self.stream).poll_read(cx, buffer.unfilled())) {
+                Ok(()) if !buffer.filled().is_empty() => self.lingered += buffer.filled().len(),
+                _ => break,
+            }
+        }
+        Poll::Ready(())
+    }
+}
+
+impl Read for Watched {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if matches!(polled, Poll::Ready(Ok(()))) {
+            self.conduct.came();
+        }
+        polled
+    }
+}
+
+impl Write for Watched {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.note(polled)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.note(polled)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let polled = Pin::new(&mut self.stream).poll_flush(cx);
+        self.note(polled)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
+        if self.conduct.lingers() {
+            ready!(self.poll_linger(cx));
+        }
+        Poll::Ready(Ok(()))
+    }
+}

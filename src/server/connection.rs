@@ -1,0 +1,339 @@
+//! A client's connection from its first byte to its end: TLS, what is spoken, and the drain.
+
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::io;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::header::{CONNECTION, HeaderValue};
+use hyper::body::Body;
+use hyper::rt::{Read, ReadBuf};
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
+use tokio_rustls::TlsAcceptor;
+use tracing::debug;
+
+use crate::config::{self, ListenerHttp2, ListenerLimits};
+use crate::proxy::Proxy;
+use crate::proxy::origin::{Peer, TlsSession};
+use crate::proxy::timeouts::Timeout;
+use crate::snapshot::Listener;
+use crate::stream::Stream;
+use crate::tls::server::ServerTls;
+
+use super::Phase;
+use super::conduct::{Conduct, Watched};
+use super::streams::{Served, StreamExecutor};
+use super::worker::{Accepted, Serving};
+
+/// What an HTTP/2 client sends first (RFC 9113 section 3.4).
+const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// What is read at once to see what a client speaks, in bytes: more than most request heads.
+const FIRST_READ: usize = 1024;
+
+/// How long a connection that has to end waits for a request, so as to say with its response that it
+/// is the last one: a request that is on its way when an idle connection is closed is lost.
+const LAST_REQUEST_GRACE: Duration = Duration::from_secs(1);
+
+/// hyper's own limit, for which it needs no memory besides the stack.
+const HEADER_FIELDS_OF_HYPER: usize = 100;
+
+/// Resets of ours that an HTTP/2 client may provoke before its connection ends (CVE-2025-8671,
+/// "MadeYouReset").
+const PROVOKED_RESETS: usize = 1024;
+
+/// Streams that a client may have reset before we have looked at them (CVE-2023-44487, "rapid
+/// reset").
+const RESET_BEFORE_ACCEPTED: usize = 20;
+
+/// What a client speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Spoken {
+    Http1,
+    Http2,
+}
+
+/// A connection that is ready for its first request.
+struct Ready {
+    stream: Stream,
+    spoken: Spoken,
+    timeout: Timeout,
+}
+
+/// Serves a connection to its end.
+pub(super) async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
+    let Accepted {
+        stream,
+        mut peer,
+        phase,
+        active: _active,
+    } = accepted;
+    let Some(listener) = proxy.live().current().listener(peer.listener).cloned() else {
+        return debug!(listener = %peer.listener, "a connection came through a listener that is gone");
+    };
+    let timeout = proxy.timer().0.timeout();
+    // Boxed, or every connection would keep the room that a handshake needs.
+    let ready = match Box::pin(prepare(stream, &listener, &mut peer, timeout)).await {
+        Ok(ready) => ready,
+        Err(error) => return debug!(%error, peer = %peer.address, "connection failed"),
+    };
+    let Listener { settings, tls } = listener;
+    drop(tls);
+    let ended = match ready.spoken {
+        Spoken::Http1 => serve_http1(&proxy, &peer, ready, phase, &settings).await,
+        Spoken::Http2 => Box::pin(serve_http2(proxy, Rc::new(peer), ready, phase, &settings)).await,
+    };
+    if let Err(error) = ended {
+        debug!(%error, "connection ended");
+    }
+}
+
+/// Does what comes before HTTP.
+async fn prepare(
+    stream: std::net::TcpStream,
+    listener: &Listener,
+    peer: &mut Peer,
+    timeout: Timeout,
+) -> io::Result<Ready> {
+    let stream = TcpStream::from_std(stream)?;
+    let timeouts = &listener.settings.timeouts;
+    let mut stream = match &listener.tls {
+        None => Stream::plain(stream),
+        Some(tls) => {
+            let accepting = accept_tls(stream, tls);
+            let (stream, session) = within(&timeout, timeouts.tls_handshake, accepting).await?;
+            let speaks_http2 = session.speaks_http2;
+            peer.tls = Some(session);
+            if speaks_http2 {
+                return Ok(Ready {
+                    stream,
+                    spoken: Spoken::Http2,
+                    timeout,
+                });
+            }
+            stream
+        }
+    };
+    let (read, spoken) = within(&timeout, timeouts.first_byte, sniff(&mut stream)).await?;
+    stream.put_back(read);
+    Ok(Ready {
+        stream,
+        spoken,
+        timeout,
+    })
+}
+
+async fn accept_tls(stream: TcpStream, tls: &ServerTls) -> io::Result<(Stream, TlsSession)> {
+    let accepted = TlsAcceptor::from(Arc::clone(&tls.config))
+        .accept(stream)
+        .await?;
+    let session = TlsSession::of(accepted.get_ref().1, tls.subject_header.clone());
+    Ok((Stream::tls(accepted), session))
+}
+
+/// Reads until it is clear what the client speaks, and returns what was read.
+async fn sniff(stream: &mut Stream) -> io::Result<(Bytes, Spoken)> {
+    let mut read = BytesMut::new();
+    loop {
+        let mut room = [0; FIRST_READ];
+        let mut buffer = ReadBuf::new(&mut room);
+        poll_fn(|cx| Pin::new(&mut *stream).poll_read(cx, buffer.unfilled())).await?;
+        if buffer.filled().is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        read.extend_from_slice(buffer.filled());
+        let compared = read.len().min(HTTP2_PREFACE.len());
+        if read[..compared] != HTTP2_PREFACE[..compared] {
+            return Ok((read.freeze(), Spoken::Http1));
+        }
+        if compared == HTTP2_PREFACE.len() {
+            return Ok((read.freeze(), Spoken::Http2));
+        }
+    }
+}
+
+/// Waits for something, but not for longer than `limit`.
+async fn within<T>(
+    timeout: &Timeout,
+    limit: Duration,
+    what: impl Future<Output = io::Result<T>>,
+) -> io::Result<T> {
+    timeout.set(Some(Instant::now() + limit));
+    let mut what = pin!(what);
+    poll_fn(|cx| match what.as_mut().poll(cx) {
+        Poll::Pending if timeout.poll_passed(cx).is_ready() => {
+            Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+        }
+        polled => polled,
+    })
+    .await
+}
+
+async fn serve_http1(
+    proxy: &Rc<Proxy>,
+    peer: &Peer,
+    ready: Ready,
+    phase: watch::Receiver<Phase>,
+    settings: &config::Listener,
+) -> hyper::Result<()> {
+    let conduct = Conduct::new(settings.timeouts, true, ready.timeout);
+    let draining = Cell::new(false);
+    let service = service_fn(|request: http::Request<hyper::body::Incoming>| {
+        let busy = conduct.begin(!request.body().is_end_stream());
+        let served = proxy.handle(peer, request);
+        async {
+            let mut response = served.await;
+            if draining.get() {
+                // With this hyper closes the connection after the response.
+                response
+                    .headers_mut()
+                    .insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(response.map(|body| Served::new(body, busy)))
+        }
+    });
+    let ListenerLimits {
+        request_head,
+        header_fields,
+        ..
+    } = settings.limits;
+    let mut builder = http1::Builder::new();
+    builder
+        .header_read_timeout(None)
+        .max_header_size(request_head as usize);
+    if header_fields != HEADER_FIELDS_OF_HYPER {
+        builder.max_headers(header_fields);
+    }
+    let stream = Watched::new(ready.stream, Arc::clone(&conduct));
+    let mut connection = pin!(builder.serve_connection(stream, service));
+    match until_drained(connection.as_mut(), phase, &draining, &conduct).await {
+        Some(ended) => ended,
+        None => {
+            // Closes an idle connection now, and another one after its response.
+            connection.as_mut().graceful_shutdown();
+            until_outlasted(connection, &conduct).await
+        }
+    }
+}
+
+async fn serve_http2(
+    proxy: Rc<Proxy>,
+    peer: Rc<Peer>,
+    ready: Ready,
+    mut phase: watch::Receiver<Phase>,
+    settings: &config::Listener,
+) -> hyper::Result<()> {
+    let conduct = Conduct::new(settings.timeouts, false, ready.timeout);
+    let executor = StreamExecutor::new(proxy.timer().0, settings.timeouts.write);
+    let builder = http2_builder(executor.clone(), &settings.http2, settings.limits);
+    let watched = Watched::new(ready.stream, Arc::clone(&conduct));
+    let service = service_fn(move |request: http::Request<hyper::body::Incoming>| {
+        let busy = conduct.begin(false);
+        let clock = executor.next_stream();
+        let (proxy, peer) = (Rc::clone(&proxy), Rc::clone(&peer));
+        async move {
+            let response = proxy.handle(&peer, request).await;
+            Ok::<_, Infallible>(response.map(|body| Served::timed(body, busy, clock)))
+        }
+    });
+    let conduct = watched.conduct();
+    let mut connection = pin!(builder.serve_connection(watched, service));
+    let ended = {
+        let mut watched = pin!(until_outlasted(connection.as_mut(), &conduct));
+        tokio::select! {
+            biased;
+            // The sender's end is a drop, which says the same as `Draining`.
+            _ = phase.wait_for(|phase| *phase == Phase::Draining) => None,
+            ended = watched.as_mut() => Some(ended),
+        }
+    };
+    match ended {
+        Some(ended) => ended,
+        None => {
+            // Says which streams are the last ones (GOAWAY), and serves those to their end.
+            connection.as_mut().graceful_shutdown();
+            until_outlasted(connection, &conduct).await
+        }
+    }
+}
+
+fn http2_builder(
+    executor: StreamExecutor,
+    http2: &ListenerHttp2,
+    limits: ListenerLimits,
+) -> http2::Builder<StreamExecutor> {
+    let mut builder = http2::Builder::new(executor);
+    builder
+        .max_concurrent_streams(http2.max_concurrent_streams)
+        .initial_stream_window_size(http2.stream_window)
+        .initial_connection_window_size(http2.connection_window)
+        .max_send_buf_size(http2.send_buffer)
+        .max_header_list_size(limits.request_head)
+        .max_local_error_reset_streams(PROVOKED_RESETS)
+        .max_pending_accept_reset_streams(RESET_BEFORE_ACCEPTED);
+    builder
+}
+
+/// Serves a connection until it ends, or has to: then `draining` is set at once, and when it still
+/// stands a grace later, this gives `None`.
+async fn until_drained<C: Future<Output = hyper::Result<()>>>(
+    mut connection: Pin<&mut C>,
+    mut phase: watch::Receiver<Phase>,
+    draining: &Cell<bool>,
+    conduct: &Conduct,
+) -> Option<C::Output> {
+    let told = phase.clone();
+    let drain = async {
+        // The sender's end is a drop, which says the same as `Draining`.
+        let _ = phase.wait_for(|phase| *phase == Phase::Draining).await;
+        draining.set(true);
+        sleep(LAST_REQUEST_GRACE).await;
+    };
+    let mut drain = pin!(drain);
+    let mut is_watched = false;
+    poll_fn(|cx| {
+        // The drain first: a response that comes at the same moment must say that it is the last.
+        // And only when it has begun, since to wait for it takes a lock that all connections share;
+        // once it is watched, it wakes us.
+        if !is_watched || draining.get() || told.has_changed().unwrap_or(true) {
+            is_watched = true;
+            if drain.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+        }
+        poll_watched(connection.as_mut(), conduct, cx).map(Some)
+    })
+    .await
+}
+
+/// Serves a connection until it ends, or its client has taken too long for something.
+async fn until_outlasted<C: Future<Output = hyper::Result<()>>>(
+    mut connection: Pin<&mut C>,
+    conduct: &Conduct,
+) -> hyper::Result<()> {
+    poll_fn(|cx| poll_watched(connection.as_mut(), conduct, cx)).await
+}
+
+fn poll_watched<C: Future<Output = hyper::Result<()>>>(
+    connection: Pin<&mut C>,
+    conduct: &Conduct,
+    cx: &mut std::task::Context<'_>,
+) -> Poll<hyper::Result<()>> {
+    match connection.poll(cx) {
+        Poll::Pending => conduct.poll_outlasted(cx).map(|what| {
+            debug!(?what, "a client took too long");
+            Ok(())
+        }),
+        ended => ended,
+    }
+}

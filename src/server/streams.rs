@@ -1,0 +1,159 @@
+//! Responses on their way out: when they end, and that no HTTP/2 client can leave one standing for
+//! ever.
+
+use std::cell::{Cell, RefCell};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::body::{Body, Frame, SizeHint};
+use hyper::rt::Executor;
+use pin_project_lite::pin_project;
+use tokio::time::Instant;
+
+use crate::proxy::body::{BodyError, ReplyBody};
+use crate::proxy::timeouts::{Timeout, Timeouts};
+
+use super::conduct::Busy;
+
+/// The body of a response; as long as it is there, the connection is busy.
+#[derive(Debug)]
+pub(super) struct Served {
+    body: ReplyBody,
+    _busy: Busy,
+    /// In HTTP/2.
+    clock: Option<Rc<StreamClock>>,
+}
+
+/// Since when an HTTP/2 client has left no room for more of a response (RFC 9113 section 5.2).
+///
+/// hyper asks a body for more when the client has left room. So what tells a slow client from a
+/// slow upstream is whether the body was asked since it last gave something.
+#[derive(Debug, Default)]
+pub(super) struct StreamClock(Cell<Option<Instant>>);
+
+/// Runs the streams of one HTTP/2 connection, and ends those whose client takes nothing for too
+/// long: other streams of the connection may be fine.
+#[derive(Clone, Debug)]
+pub(super) struct StreamExecutor {
+    timeouts: Arc<Timeouts>,
+    limit: Duration,
+    /// The clock of the stream that is about to be executed: hyper executes what a service returned
+    /// right after it has called it.
+    next: Rc<RefCell<Rc<StreamClock>>>,
+}
+
+pin_project! {
+    struct Supervised<F> {
+        #[pin]
+        stream: F,
+        clock: Rc<StreamClock>,
+        timeouts: Arc<Timeouts>,
+        limit: Duration,
+        // Only streams that have stood still have one.
+        timeout: Option<Timeout>,
+    }
+}
+
+// === impl Served ===
+
+impl Served {
+    /// A body of HTTP/1.
+    pub(super) fn new(body: ReplyBody, busy: Busy) -> Self {
+        Self {
+            body,
+            _busy: busy,
+            clock: None,
+        }
+    }
+
+    /// A body of HTTP/2.
+    pub(super) fn timed(body: ReplyBody, busy: Busy, clock: Rc<StreamClock>) -> Self {
+        Self {
+            body,
+            _busy: busy,
+            clock: Some(clock),
+        }
+    }
+}
+
+impl Body for Served {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        if let Some(clock) = &self.clock {
+            clock.0.set(polled.is_ready().then(Instant::now));
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+// === impl StreamExecutor ===
+
+impl StreamExecutor {
+    pub(super) fn new(timeouts: Arc<Timeouts>, limit: Duration) -> Self {
+        Self {
+            timeouts,
+            limit,
+            next: Rc::default(),
+        }
+    }
+
+    /// A clock for the stream that is executed next.
+    pub(super) fn next_stream(&self) -> Rc<StreamClock> {
+        let clock = Rc::default();
+        *self.next.borrow_mut() = Rc::clone(&clock);
+        clock
+    }
+}
+
+impl<F: Future + 'static> Executor<F> for StreamExecutor {
+    fn execute(&self, stream: F) {
+        drop(tokio::task::spawn_local(Supervised {
+            stream,
+            clock: Rc::clone(&self.next.borrow()),
+            timeouts: Arc::clone(&self.timeouts),
+            limit: self.limit,
+            timeout: None,
+        }));
+    }
+}
+
+// === impl Supervised ===
+
+impl<F: Future> Future for Supervised<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = self.project();
+        if this.stream.poll(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        let Some(since) = this.clock.0.get() else {
+            return Poll::Pending;
+        };
+        let timeout = this.timeout.get_or_insert_with(|| this.timeouts.timeout());
+        let end = since + *this.limit;
+        if end > Instant::now() {
+            timeout.set(Some(end));
+        }
+        // Dropped unfinished, a stream is reset.
+        timeout.poll_passed(cx)
+    }
+}
