@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
+use crate::tls::client::ClientTls;
+
 /// One version of a service.
 #[derive(Debug)]
 pub struct Backend {
@@ -29,6 +31,48 @@ pub struct Backend {
     pub response_headers: HeaderEdits,
     /// How its endpoints are connected to.
     pub connections: ConnectionPolicy,
+    /// What is spoken with them, and over what.
+    pub transport: Arc<Transport>,
+}
+
+/// What is spoken with the endpoints of a backend, and over what.
+#[derive(Debug)]
+pub struct Transport {
+    /// Which version of HTTP.
+    pub protocol: UpstreamProtocol,
+    /// What TLS connections are made with; `None` without TLS.
+    pub tls: Option<ClientTls>,
+    /// How HTTP/2 is spoken.
+    pub http2: Http2Policy,
+    /// Tells these settings from others: connections that were made with those are used no more.
+    pub fingerprint: u64,
+}
+
+/// Which version of HTTP is spoken with the endpoints of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UpstreamProtocol {
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2: without TLS by prior knowledge.
+    Http2,
+    /// What the endpoint agrees on by ALPN, HTTP/2 rather than HTTP/1.1.
+    Negotiated,
+}
+
+/// How HTTP/2 is spoken with endpoints; windows, buffers and lists in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Http2Policy {
+    /// The most requests that one connection has at a time, whatever the endpoint allows.
+    pub max_requests: usize,
+    /// What may be on its way of one response.
+    pub stream_window: u32,
+    /// What may be on its way of all responses of a connection. By the window of a response, it is
+    /// the number of slow clients that hold up all others (h2#573).
+    pub connection_window: u32,
+    /// What may wait of one request.
+    pub send_buffer: usize,
+    /// The head of a response.
+    pub header_list: u32,
 }
 
 /// How the endpoints of a backend are connected to.
@@ -106,6 +150,32 @@ impl Backend {
                 let less = |endpoint: &&Arc<Endpoint>| endpoint.in_flight();
                 Some(std::cmp::min_by_key(&many[one], &many[other], less))
             }
+        }
+    }
+}
+
+// === impl Transport ===
+
+impl Default for Transport {
+    /// HTTP/1.1 without TLS.
+    fn default() -> Self {
+        Self {
+            protocol: UpstreamProtocol::Http1,
+            tls: None,
+            http2: Http2Policy::default(),
+            fingerprint: 0,
+        }
+    }
+}
+
+impl Default for Http2Policy {
+    fn default() -> Self {
+        Self {
+            max_requests: 100,
+            stream_window: 256 << 10,
+            connection_window: 16 << 20,
+            send_buffer: 64 << 10,
+            header_list: 32 << 10,
         }
     }
 }
@@ -213,6 +283,7 @@ mod tests {
             request_headers: HeaderEdits::default(),
             response_headers: HeaderEdits::default(),
             connections,
+            transport: Arc::default(),
         };
         (backend, known)
     }

@@ -25,7 +25,7 @@ use std::time::Duration;
 use http::header::HeaderName;
 use ipnet::IpNet;
 
-use crate::backend::{ConnectionPolicy, HeaderEdits};
+use crate::backend::{ConnectionPolicy, HeaderEdits, Transport};
 use crate::routing::gray::WithoutIdentity;
 use crate::routing::identity::IdentitySource;
 use crate::routing::matcher::Condition;
@@ -140,6 +140,10 @@ pub struct Backend {
     pub response_headers: HeaderEdits,
     /// How its endpoints are connected to.
     pub connections: ConnectionPolicy,
+    /// What is spoken with them, and over what.
+    pub transport: Arc<Transport>,
+    /// The certificate that we show to them: its file as configured, and until when it is valid.
+    pub own_certificate: Option<(String, i64)>,
 }
 
 /// A list of user ids.

@@ -651,7 +651,11 @@ fn forget(metrics: &Metrics, before: &Config, after: &Config) {
 fn certificates(config: &Config) -> impl Iterator<Item = (&str, i64)> {
     let of_listeners = config.listeners.iter().filter_map(|one| one.tls.as_ref());
     let of_listeners = of_listeners.flat_map(|tls| &tls.certificates);
-    of_listeners.map(|named| (&*named.file, named.certificate.not_after))
+    let of_listeners = of_listeners.map(|named| (&*named.file, named.certificate.not_after));
+    let of_backends = config.backends.iter();
+    let of_backends = of_backends.filter_map(|backend| backend.own_certificate.as_ref());
+    let of_backends = of_backends.map(|(file, not_after)| (&**file, *not_after));
+    of_listeners.chain(of_backends)
 }
 
 fn weights(config: &Config) -> impl Iterator<Item = (&str, &str)> {

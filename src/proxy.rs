@@ -29,7 +29,7 @@ use crate::backend::{Endpoint, Lease};
 use crate::routing::Decision;
 use crate::snapshot::{Reader, Route, RouteTarget, Snapshot};
 use crate::telemetry::metrics::WorkerMetrics;
-use crate::upstream::{Loan, Pools, SendError};
+use crate::upstream::{Loan, Needs, Pools, SendError};
 
 use body::{BodyRules, Held, Progress, ReplyBody, RequestBody, UpstreamBody};
 use error::ProxyError;
@@ -53,6 +53,7 @@ pub struct Proxy {
 /// A request that is ready to go to its endpoint.
 struct Routed<'s> {
     request: Request<RequestBody>,
+    needs: Needs,
     /// How far its body has come.
     progress: Progress,
     route: &'s Route,
@@ -193,7 +194,11 @@ impl Proxy {
             return Err(ProxyError::BodyTooLarge);
         }
         self.via.append(&mut parts.headers, parts.version);
-        headers::prepare_request(&mut parts, survey, &body, route, backend, endpoint, &origin);
+        let needs = Needs {
+            trailers: survey.has(Survey::TE) && headers::accepts_trailers(&parts.headers),
+            http1: false,
+        };
+        headers::prepare_request(&mut parts, survey, route, backend, endpoint, &origin);
         let (body, progress) = RequestBody::new(body, exchange.decided_at(), || BodyRules {
             limit,
             gap: origin.body_gap(),
@@ -203,6 +208,7 @@ impl Proxy {
         exchange.sent_to(endpoint, progress.clone());
         Ok(Routed {
             request: Request::from_parts(parts, body),
+            needs,
             progress,
             route,
             target,
@@ -220,6 +226,7 @@ impl Proxy {
     ) -> impl Future<Output = Result<Answer, ProxyError>> + 'f {
         let Routed {
             request,
+            needs,
             progress,
             route,
             target,
@@ -227,7 +234,7 @@ impl Proxy {
             endpoint,
             lease,
         } = routed;
-        let mut sending = self.pools.send(&target.backend, endpoint, request);
+        let mut sending = self.pools.send(&target.backend, endpoint, request, needs);
         let limits = Limits {
             silence: route.backend_timeout,
             deadline: route

@@ -194,6 +194,7 @@ fn compile_backend(backend: &config::Backend, endpoints: &mut Endpoints) -> Back
         request_headers: backend.request_headers.clone(),
         response_headers: backend.response_headers.clone(),
         connections: backend.connections,
+        transport: Arc::clone(&backend.transport),
     }
 }
 

@@ -1,42 +1,56 @@
 //! The connections of one worker to the endpoints.
 //!
-//! Every worker has its own, so nothing here is shared or locked. A connection is driven by a task
-//! of its own and handed from exchange to exchange; idle ones are kept newest on top, so that in
-//! quiet times the rest grows old and closes. hyper-util's pooled client is not used: it takes the
-//! authority from the dialled address, and costs more.
+//! Every worker has its own, so nothing here is shared between threads or locked. A connection is
+//! driven by a task of its own. In HTTP/1.1 it is handed from exchange to exchange; idle ones are
+//! kept newest on top, so that in quiet times the rest grows old and closes. In HTTP/2 many
+//! exchanges have it at once. hyper-util's pooled client is not used: it takes the authority from
+//! the dialled address, holds one HTTP/2 connection per host, and costs more.
+
+mod connect;
+mod shape;
+mod shared;
 
 use std::cell::RefCell;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use crate::stream::Stream;
 use hashbrown::HashMap;
 use http::{Request, Response};
 use hyper::body::{Body, Incoming};
-use hyper::client::conn::http1::{self, SendRequest};
-use tokio::net::TcpStream;
+use hyper::client::conn::http1::SendRequest;
+use pin_project_lite::pin_project;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
-use tracing::debug;
 
-use crate::backend::{Backend, ConnectionPolicy, Endpoint, EndpointId};
+use crate::backend::{Backend, ConnectionPolicy, Endpoint, EndpointId, UpstreamProtocol};
 use crate::snapshot::Snapshot;
 use crate::telemetry::metrics::{Level, Metrics};
+
+use connect::{Connected, connect};
+use shared::{Claim, Opening, Shared};
 
 /// The connections of one worker.
 #[derive(Debug)]
 pub struct Pools<B> {
-    idle: RefCell<HashMap<EndpointId, Pool<B>>>,
+    pools: RefCell<HashMap<EndpointId, Pool<B>>>,
     metrics: Arc<Metrics>,
 }
 
-/// The idle connections to one endpoint.
+/// The connections to one endpoint.
 #[derive(Debug)]
 struct Pool<B> {
     policy: ConnectionPolicy,
-    connections: Vec<Idle<B>>,
+    /// With which settings they were made.
+    fingerprint: u64,
+    /// Those of HTTP/1.1 that nobody uses.
+    idle: Vec<Idle<B>>,
+    /// Those of HTTP/2.
+    shared: Vec<Rc<Shared<B>>>,
+    /// Another one of HTTP/2 that is being made.
+    opening: Option<Rc<Opening>>,
     /// How many connections there are to the backend; kept here so that a new one finds it without
     /// a look-up.
     level: Arc<Level>,
@@ -44,27 +58,44 @@ struct Pool<B> {
 
 #[derive(Debug)]
 struct Idle<B> {
-    connection: Connection<B>,
+    connection: Dedicated<B>,
     since: Instant,
 }
 
-/// A connection: the way to hand requests to its task, and to end that.
+/// A connection of HTTP/1.1: the way to hand requests to its task, and to end that.
 #[derive(Debug)]
-struct Connection<B> {
+struct Dedicated<B> {
     sender: SendRequest<B>,
     task: AbortHandle,
+}
+
+/// What carries one request.
+#[derive(Debug)]
+enum Connection<B> {
+    Http1(Dedicated<B>),
+    Http2(Claim<B>),
+}
+
+/// What a request needs of its connection.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Needs {
+    /// The client takes trailers: an endpoint that speaks HTTP/2 is told so.
+    pub trailers: bool,
+    /// It can only be asked in HTTP/1.1.
+    pub http1: bool,
 }
 
 /// How long a request may go on when its response has ended: so that a client which is sent an early
 /// refusal can read it, and one that sends nothing more does not hold on to a connection for ever.
 const REQUEST_LINGER: Duration = Duration::from_secs(5);
 
-/// A connection in use: to be given back when its response has been read to the end, and closed if
-/// it is dropped.
+/// A connection in use: to be given back when its response has been read to the end. Dropped, one
+/// of HTTP/1.1 is closed.
 #[derive(Debug)]
 pub struct Loan<B> {
     pools: Rc<Pools<B>>,
     endpoint: EndpointId,
+    fingerprint: u64,
     connection: Connection<B>,
 }
 
@@ -85,18 +116,34 @@ pub enum SendError {
     Exchange(hyper::Error),
 }
 
+pin_project! {
+    #[project = EitherProjection]
+    enum Either<A, B> {
+        One { #[pin] one: A },
+        Other { #[pin] other: B },
+    }
+}
+
+/// Where a request goes.
+#[derive(Clone, Copy, Debug)]
+struct To<'t> {
+    backend: &'t Backend,
+    endpoint: &'t Endpoint,
+    needs: Needs,
+}
+
 // === impl Pools ===
 
 impl<B> Pools<B>
 where
-    B: Body + 'static,
+    B: Body + Unpin + 'static,
     B::Data: Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     /// No connections yet.
     pub fn new(metrics: Arc<Metrics>) -> Rc<Self> {
         Rc::new(Self {
-            idle: RefCell::default(),
+            pools: RefCell::default(),
             metrics,
         })
     }
@@ -114,9 +161,15 @@ where
         backend: &'s Backend,
         endpoint: &'s Endpoint,
         request: Request<B>,
+        needs: Needs,
     ) -> Pin<Box<impl Future<Output = Sent<B>> + 's>> {
-        let begun = match self.take_idle(endpoint.id) {
-            Some(connection) => Ok(self.exchange(endpoint.id, connection, request)),
+        let to = To {
+            backend,
+            endpoint,
+            needs,
+        };
+        let begun = match self.take(to) {
+            Some(connection) => Ok(self.exchange(to, connection, request)),
             None => Err(Box::new(request)),
         };
         Box::pin(async move {
@@ -129,39 +182,42 @@ where
                 Err(unsent) => unsent,
             };
             // Boxed, or every request would take the room that making a connection needs.
-            Box::pin(self.send_anew(backend, endpoint, *unsent)).await
+            Box::pin(self.send_anew(to, *unsent)).await
         })
     }
 
-    async fn send_anew(
-        self: &Rc<Self>,
-        backend: &Backend,
-        endpoint: &Endpoint,
-        mut request: Request<B>,
-    ) -> Sent<B> {
-        while let Some(connection) = self.take_idle(endpoint.id) {
-            match self.exchange(endpoint.id, connection, request).await {
-                Ok(answer) => return Ok(answer),
-                Err((_, Some(unsent))) => request = *unsent,
-                Err((error, None)) => return Err(SendError::Exchange(error)),
+    async fn send_anew(self: &Rc<Self>, to: To<'_>, mut request: Request<B>) -> Sent<B> {
+        loop {
+            while let Some(connection) = self.take(to) {
+                match self.exchange(to, connection, request).await {
+                    Ok(answer) => return Ok(answer),
+                    Err((_, Some(unsent))) => request = *unsent,
+                    Err((error, None)) => return Err(SendError::Exchange(error)),
+                }
+            }
+            match self.opening(to) {
+                Some(opening) => opening.wait().await?,
+                None => break,
             }
         }
-        let connection = self.connect(backend, endpoint).await?;
-        let answer = self.exchange(endpoint.id, connection, request).await;
+        let connection = self.connect(to).await?;
+        let answer = self.exchange(to, connection, request).await;
         answer.map_err(|(error, _)| SendError::Exchange(error))
     }
 
     /// Closes connections that have been idle for too long, and those to endpoints that are gone.
     pub fn sweep(&self, snapshot: &Snapshot, now: Instant) {
-        self.idle.borrow_mut().retain(|endpoint, pool| {
+        self.pools.borrow_mut().retain(|endpoint, pool| {
             let Some(policy) = snapshot.connection_policy(*endpoint) else {
                 return false;
             };
             pool.policy = policy;
-            pool.connections.retain(|idle| {
+            pool.idle.retain(|idle| {
                 !idle.connection.sender.is_closed()
                     && now.duration_since(idle.since) < policy.idle_timeout
             });
+            let then = now.checked_sub(policy.idle_timeout);
+            pool.shared.retain(|shared| !shared.is_unused_since(then));
             true
         });
     }
@@ -169,11 +225,30 @@ where
     /// Hands a request to the connection at once; what is left to wait for has no room for it.
     fn exchange(
         self: &Rc<Self>,
-        endpoint: EndpointId,
+        to: To<'_>,
         mut connection: Connection<B>,
-        request: Request<B>,
+        mut request: Request<B>,
     ) -> impl Future<Output = Exchanged<B>> {
-        let sent = connection.sender.try_send_request(request);
+        let sent = match &mut connection {
+            Connection::Http1(dedicated) => {
+                shape::http1(&mut request);
+                Either::One {
+                    one: dedicated.sender.try_send_request(request),
+                }
+            }
+            Connection::Http2(claim) => {
+                shape::http2(
+                    &mut request,
+                    &to.endpoint.authority,
+                    to.backend.transport.tls.is_some(),
+                    to.needs.trailers,
+                );
+                Either::Other {
+                    other: claim.sender().try_send_request(request),
+                }
+            }
+        };
+        let (endpoint, fingerprint) = (to.endpoint.id, to.backend.transport.fingerprint);
         async move {
             match sent.await {
                 Ok(response) => Ok((
@@ -181,6 +256,7 @@ where
                     Loan {
                         pools: Rc::clone(self),
                         endpoint,
+                        fingerprint,
                         connection,
                     },
                 )),
@@ -192,55 +268,92 @@ where
         }
     }
 
-    fn take_idle(&self, endpoint: EndpointId) -> Option<Connection<B>> {
-        let mut idle = self.idle.borrow_mut();
-        let connections = &mut idle.get_mut(&endpoint)?.connections;
-        std::iter::from_fn(|| connections.pop())
+    /// A connection that stands and has room.
+    fn take(&self, to: To<'_>) -> Option<Connection<B>> {
+        let mut pools = self.pools.borrow_mut();
+        let pool = pools.get_mut(&to.endpoint.id)?;
+        pool.keep_to(to.backend);
+        if !to.needs.http1
+            && let Some(claim) = pool.shared.iter().find_map(Shared::claim)
+        {
+            return Some(Connection::Http2(claim));
+        }
+        std::iter::from_fn(|| pool.idle.pop())
             .map(|idle| idle.connection)
             .find(|connection| connection.sender.is_ready())
+            .map(Connection::Http1)
     }
 
-    async fn connect(
-        &self,
-        backend: &Backend,
-        endpoint: &Endpoint,
-    ) -> Result<Connection<B>, SendError> {
-        let level = self.register(backend, endpoint.id);
-        let stream = dial(endpoint, backend.connections.connect_timeout).await?;
-        let (sender, driver) = http1::handshake::<_, B>(Stream::plain(stream))
-            .await
-            .map_err(SendError::Exchange)?;
-        let up = level.up();
-        let task = tokio::task::spawn_local(async move {
-            let _up = up;
-            if let Err(error) = driver.await {
-                debug!(%error, "upstream connection ended");
+    /// The connection that is being made and that the request can wait for.
+    fn opening(&self, to: To<'_>) -> Option<Rc<Opening>> {
+        if to.needs.http1 {
+            return None;
+        }
+        let pools = self.pools.borrow();
+        pools.get(&to.endpoint.id)?.opening.clone()
+    }
+
+    async fn connect(self: &Rc<Self>, to: To<'_>) -> Result<Connection<B>, SendError> {
+        let (level, opening) = self.begin_opening(to);
+        let connected = connect(to.backend, to.endpoint, to.needs.http1, level.up()).await;
+        if let (Some(opening), Err(error)) = (&opening, &connected) {
+            opening.opening.fail(error);
+        }
+        match connected? {
+            Connected::Http1(dedicated) => Ok(Connection::Http1(dedicated)),
+            Connected::Http2(shared) => {
+                let claim = shared.claim();
+                if let Some(pool) = self.pools.borrow_mut().get_mut(&to.endpoint.id) {
+                    pool.shared.push(shared);
+                }
+                // It has just been made.
+                let closed = || std::io::ErrorKind::ConnectionAborted.into();
+                claim
+                    .map(Connection::Http2)
+                    .ok_or_else(|| SendError::Connect(closed()))
+            }
+        }
+    }
+
+    fn begin_opening(self: &Rc<Self>, to: To<'_>) -> (Arc<Level>, Option<Opener<B>>) {
+        let mut pools = self.pools.borrow_mut();
+        let pool = pools.entry(to.endpoint.id).or_insert_with(|| Pool {
+            policy: to.backend.connections,
+            fingerprint: to.backend.transport.fingerprint,
+            idle: Vec::new(),
+            shared: Vec::new(),
+            opening: None,
+            level: self.metrics.level(
+                "serin_upstream_connections",
+                &[("backend", &to.backend.name)],
+            ),
+        });
+        let is_shared = match to.backend.transport.protocol {
+            UpstreamProtocol::Http1 => false,
+            UpstreamProtocol::Http2 => true,
+            // Most likely it will agree on what it has agreed on before.
+            UpstreamProtocol::Negotiated => !pool.shared.is_empty(),
+        };
+        let opener = (is_shared && !to.needs.http1).then(|| {
+            let opening = Rc::new(Opening::default());
+            pool.opening = Some(Rc::clone(&opening));
+            Opener {
+                pools: Rc::clone(self),
+                endpoint: to.endpoint.id,
+                opening,
             }
         });
-        Ok(Connection {
-            sender,
-            task: task.abort_handle(),
-        })
+        (Arc::clone(&pool.level), opener)
     }
 
-    fn register(&self, backend: &Backend, endpoint: EndpointId) -> Arc<Level> {
-        let mut idle = self.idle.borrow_mut();
-        let pool = idle.entry(endpoint).or_insert_with(|| Pool {
-            policy: backend.connections,
-            connections: Vec::new(),
-            level: self
-                .metrics
-                .level("serin_upstream_connections", &[("backend", &backend.name)]),
-        });
-        Arc::clone(&pool.level)
-    }
-
-    /// Keeps a connection for later, unless there are enough or its endpoint is gone.
-    fn keep(&self, endpoint: EndpointId, connection: Connection<B>) {
-        if let Some(pool) = self.idle.borrow_mut().get_mut(&endpoint)
-            && pool.connections.len() < pool.policy.max_idle
+    /// Keeps a connection for later, unless there are enough, its endpoint is gone, or connections
+    /// to it are made with other settings by now.
+    fn keep(&self, endpoint: EndpointId, fingerprint: u64, connection: Dedicated<B>) {
+        if let Some(pool) = self.pools.borrow_mut().get_mut(&endpoint)
+            && pool.fingerprint == fingerprint
+            && pool.idle.len() < pool.policy.max_idle
         {
-            pool.connections.push(Idle {
+            pool.idle.push(Idle {
                 connection,
                 since: Instant::now(),
             });
@@ -248,11 +361,42 @@ where
     }
 }
 
+// === impl Pool ===
+
+impl<B> Pool<B> {
+    /// Lets go of connections that were made with other settings than the backend has now; those in
+    /// use end with their requests.
+    fn keep_to(&mut self, backend: &Backend) {
+        let fingerprint = backend.transport.fingerprint;
+        if self.fingerprint != fingerprint {
+            self.fingerprint = fingerprint;
+            self.idle.clear();
+            self.shared.clear();
+        }
+    }
+}
+
+/// Makes a shared connection; dropped, whoever waits for it goes on.
+struct Opener<B> {
+    pools: Rc<Pools<B>>,
+    endpoint: EndpointId,
+    opening: Rc<Opening>,
+}
+
+impl<B> Drop for Opener<B> {
+    fn drop(&mut self) {
+        if let Some(pool) = self.pools.pools.borrow_mut().get_mut(&self.endpoint) {
+            pool.opening = None;
+        }
+        self.opening.end();
+    }
+}
+
 // === impl Loan ===
 
 impl<B> Loan<B>
 where
-    B: Body + 'static,
+    B: Body + Unpin + 'static,
     B::Data: Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
@@ -261,15 +405,19 @@ where
         let Self {
             pools,
             endpoint,
-            mut connection,
+            fingerprint,
+            connection,
         } = self;
+        let Connection::Http1(mut connection) = connection else {
+            return;
+        };
         if connection.sender.is_ready() {
-            pools.keep(endpoint, connection);
+            pools.keep(endpoint, fingerprint, connection);
         } else if !connection.sender.is_closed() {
             // The response came before the end of the request, or hyper has not yet seen its end.
             tokio::task::spawn_local(async move {
                 match timeout(REQUEST_LINGER, connection.sender.ready()).await {
-                    Ok(Ok(())) => pools.keep(endpoint, connection),
+                    Ok(Ok(())) => pools.keep(endpoint, fingerprint, connection),
                     Ok(Err(_)) => {}
                     Err(_) => connection.task.abort(),
                 }
@@ -278,11 +426,15 @@ where
     }
 }
 
-async fn dial(endpoint: &Endpoint, limit: Duration) -> Result<TcpStream, SendError> {
-    let stream = timeout(limit, TcpStream::connect(endpoint.address))
-        .await
-        .map_err(|_| SendError::ConnectTimeout)?
-        .map_err(SendError::Connect)?;
-    stream.set_nodelay(true).map_err(SendError::Connect)?;
-    Ok(stream)
+// === impl Either ===
+
+impl<A: Future, B: Future<Output = A::Output>> Future for Either<A, B> {
+    type Output = A::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<A::Output> {
+        match self.project() {
+            EitherProjection::One { one } => one.poll(cx),
+            EitherProjection::Other { other } => other.poll(cx),
+        }
+    }
 }

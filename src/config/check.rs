@@ -7,6 +7,7 @@ mod backend;
 mod gray;
 mod listener;
 mod route;
+mod transport;
 mod user_list;
 
 use std::collections::HashMap;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use rustls::RootCertStore;
 
 use crate::telemetry::access_log;
 use crate::telemetry::metrics::DEFAULT_BUCKETS;
@@ -34,6 +36,8 @@ pub(super) struct Surroundings<'s> {
     pub(super) home: &'s FilePath,
     /// Reads a file that the configuration names; the error completes "`NAME` ...".
     pub(super) read: &'s dyn Fn(&FilePath) -> Result<Vec<u8>, String>,
+    /// The authorities that the system trusts.
+    pub(super) system_authorities: &'s dyn Fn() -> RootCertStore,
     /// Seconds since 1970.
     pub(super) now: u64,
 }

@@ -325,12 +325,82 @@ pub struct Backend {
     /// Changes to the response on its way back.
     #[serde(default, skip_serializing_if = "HeaderEdits::is_empty")]
     pub response_headers: HeaderEdits,
+    /// What is spoken with its endpoints (default: `http1`, and with `tls` what they agree on).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<BackendProtocol>,
+    /// Connects to its endpoints with TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<BackendTls>,
     /// How long its endpoints may take.
     #[serde(default)]
     pub timeouts: BackendTimeouts,
     /// The connections kept open to each endpoint.
     #[serde(default)]
     pub pool: Pool,
+    /// How HTTP/2 is spoken with its endpoints.
+    #[serde(default)]
+    pub http2: BackendHttp2,
+}
+
+/// What is spoken with the endpoints of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum BackendProtocol {
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2 over TLS; an endpoint that does not agree on it is not used.
+    H2,
+    /// HTTP/2 without TLS, by prior knowledge.
+    H2c,
+    /// What the endpoint agrees on by ALPN; needs `tls`.
+    Auto,
+}
+
+/// What endpoints are connected to with.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct BackendTls {
+    /// The name that is asked for and that the certificate must be for (default: the endpoint's
+    /// address).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// The certificates in PEM of the authorities that may have signed it, relative to the
+    /// configuration file (default: those that the system trusts).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<String>,
+    /// Our own certificate in PEM, for endpoints that ask for one; needs `keyFile`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate_file: Option<String>,
+    /// Its private key in PEM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_file: Option<String>,
+    /// Believes every certificate: whoever can reach the network between can read and change
+    /// everything.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub insecure_skip_verify: bool,
+}
+
+/// How HTTP/2 is spoken with the endpoints of a backend.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct BackendHttp2 {
+    /// The requests of one connection, after which another one is opened (default 100); never more
+    /// than four fifths of what the endpoint allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000))]
+    pub max_concurrent_streams: Option<u32>,
+    /// The bytes of one response that may be on their way, or wait for the client (default 256Ki).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream_window: Option<Size>,
+    /// The same for all responses of a connection (default 16Mi).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connection_window: Option<Size>,
+    /// The bytes of a request that wait for a slow endpoint (default 64Ki).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub send_buffer: Option<Size>,
+    /// The bytes of a response head (default 32Ki).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub header_list: Option<Size>,
 }
 
 /// Changes to a header section: first `remove`, then `set`, then `add`.

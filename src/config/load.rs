@@ -12,6 +12,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::routing::UserList;
 use crate::routing::user_list::Pause;
+use crate::tls;
 
 use super::check::{Checked, Surroundings, check};
 use super::decode::decode;
@@ -141,6 +142,8 @@ fn load_in(
         return Err(Problems::new(path, text, problems));
     };
     let files = std::cell::RefCell::new(Vec::new());
+    // They take some milliseconds to read, and most configurations do not need them.
+    let system_authorities = std::cell::LazyCell::new(tls::system_authorities);
     let around = Surroundings {
         directory,
         home: home(path),
@@ -150,6 +153,7 @@ fn load_in(
                 .map(|(content, _)| content)
                 .map_err(|error| cannot_read(&error))
         },
+        system_authorities: &|| system_authorities.clone(),
         now: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()

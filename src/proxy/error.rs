@@ -2,7 +2,7 @@
 
 use std::io;
 
-use http::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue};
+use http::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{Response, StatusCode};
 use tracing::debug;
 
@@ -125,13 +125,7 @@ impl ProxyError {
             Self::Loop => "proxy_loop_detected",
             Self::NoRoute => "destination_not_found",
             Self::NoEndpoint => "destination_unavailable",
-            Self::Connect(error) => match error.kind() {
-                io::ErrorKind::ConnectionRefused => "connection_refused",
-                io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
-                    "destination_ip_unroutable"
-                }
-                _ => "destination_unavailable",
-            },
+            Self::Connect(error) => connect_token(error),
             Self::ConnectTimeout => "connection_timeout",
             Self::Terminated(_) => "connection_terminated",
             Self::Malformed(_) => "http_protocol_error",
@@ -167,9 +161,17 @@ impl ProxyError {
         let status = self.status();
         let text = format!("{status}: {}\n", self.words());
         exchange.replied(status, self.token(), text.len());
+        let length = HeaderValue::from(text.len());
+        // hyper leaves the body of a reply to HEAD out in HTTP/1 alone.
+        let text = if exchange.is_head() {
+            String::new()
+        } else {
+            text
+        };
         let mut response = Response::new(ReplyBody::local(text));
         *response.status_mut() = status;
         let headers = response.headers_mut();
+        headers.insert(CONTENT_LENGTH, length);
         headers.insert(
             CONTENT_TYPE,
             HeaderValue::from_static("text/plain; charset=utf-8"),
@@ -216,6 +218,25 @@ impl ProxyError {
 /// The status for a client that went away before it was sent one: nginx's code, for metrics alone.
 pub(super) fn client_gone() -> StatusCode {
     StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
+}
+
+/// The error type of a connection that could not be made.
+fn connect_token(error: &io::Error) -> &'static str {
+    match (tls_error(error), error.kind()) {
+        (Some(rustls::Error::InvalidCertificate(_)), _) => "tls_certificate_error",
+        (Some(rustls::Error::AlertReceived(_)), _) => "tls_alert_received",
+        (Some(_), _) => "tls_protocol_error",
+        (None, io::ErrorKind::ConnectionRefused) => "connection_refused",
+        (None, io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable) => {
+            "destination_ip_unroutable"
+        }
+        (None, _) => "destination_unavailable",
+    }
+}
+
+/// What went wrong in a TLS handshake.
+fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
 }
 
 /// True for what this machine lacks, whatever the endpoint does.

@@ -78,6 +78,11 @@ impl Exchange {
         }
     }
 
+    /// True for a request whose response has no body.
+    pub fn is_head(&self) -> bool {
+        self.method.is_head()
+    }
+
     /// When the head of the request stood.
     pub fn started(&self) -> Instant {
         self.started

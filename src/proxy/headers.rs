@@ -1,13 +1,12 @@
 //! What a gateway does to header sections: hop-by-hop fields go, forwarding fields come, the
 //! configured edits happen.
 
+use http::Uri;
 use http::header::{
     CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName,
     HeaderValue, SET_COOKIE, TE, TRANSFER_ENCODING, UPGRADE, VARY,
 };
 use http::request::Parts;
-use http::{Uri, Version};
-use hyper::body::Body;
 
 use crate::backend::{Backend, Endpoint};
 use crate::config;
@@ -68,7 +67,8 @@ impl Survey {
     const EXPECT: u16 = 1 << 5;
     const OURS: u16 = 1 << 6;
     const AMBIGUOUS: u16 = 1 << 7;
-    const TE: u16 = 1 << 8;
+    /// A `TE` field.
+    pub const TE: u16 = 1 << 8;
     /// A `Via` field.
     pub const VIA: u16 = 1 << 9;
     const COOKIE: u16 = 1 << 10;
@@ -192,6 +192,13 @@ pub fn refuse_beyond_limits(
     Ok(())
 }
 
+/// True when the client takes trailers (RFC 9110 section 10.1.4).
+pub fn accepts_trailers(headers: &HeaderMap) -> bool {
+    let codings = headers.get_all(TE).iter().filter_map(text);
+    let mut codings = codings.flat_map(|line| line.split(','));
+    codings.any(|coding| coding.trim().eq_ignore_ascii_case("trailers"))
+}
+
 /// Makes one field of several `Cookie` fields: HTTP/2 may send each cookie in its own (RFC 9113
 /// section 8.2.3), and nobody behind us may see other cookies than we do.
 pub fn join_cookies(headers: &mut HeaderMap, survey: Survey) {
@@ -214,7 +221,6 @@ pub fn join_cookies(headers: &mut HeaderMap, survey: Survey) {
 pub fn prepare_request(
     parts: &mut Parts,
     survey: Survey,
-    body: &impl Body,
     route: &Route,
     backend: &Backend,
     endpoint: &Endpoint,
@@ -255,15 +261,10 @@ pub fn prepare_request(
         // HTTP/1.0 does without Host, the endpoint's HTTP/1.1 does not.
         set_host(headers, &host);
     }
-    // hyper's client would take a GET without a length for one without a body, and drop it.
-    if !body.is_end_stream() && body.size_hint().exact().is_none() {
-        headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-    }
     backend.request_headers.apply(headers);
     if parts.uri.authority().is_some() {
         parts.uri = origin_form(&parts.uri);
     }
-    parts.version = Version::HTTP_11;
 }
 
 /// Makes a response ready for the client.

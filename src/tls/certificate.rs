@@ -65,6 +65,11 @@ impl Certificate {
             not_after,
         })
     }
+
+    /// The certificate itself, as bytes.
+    pub fn leaf(&self) -> &[u8] {
+        self.key.cert.first().map_or(&[], |leaf| leaf.as_ref())
+    }
 }
 
 /// The names of a certificate, and from when until when it is valid.

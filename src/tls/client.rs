@@ -9,7 +9,7 @@ use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signat
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 
-use super::{ALPN_HTTP1, ALPN_HTTP2, Certificate, MinVersion, provider};
+use super::{ALPN_HTTP1, Certificate, MinVersion, provider};
 
 /// What the endpoints of a backend are connected to with.
 #[derive(Clone)]
@@ -76,12 +76,12 @@ impl ClientTls {
     }
 
     /// For rustls; with HTTP/1.1 alone where `http1_only`.
-    pub fn config(&self, http1_only: bool) -> Arc<ClientConfig> {
-        Arc::clone(if http1_only {
+    pub fn config(&self, http1_only: bool) -> &Arc<ClientConfig> {
+        if http1_only {
             &self.http1
         } else {
             &self.config
-        })
+        }
     }
 
     /// The name that the certificate of the endpoint at this address must be for.
@@ -98,13 +98,6 @@ impl fmt::Debug for ClientTls {
             .field("name", &self.name)
             .finish_non_exhaustive()
     }
-}
-
-/// The protocols that are offered by ALPN.
-pub fn alpn(http1: bool, http2: bool) -> Vec<&'static [u8]> {
-    let offered = [(http2, ALPN_HTTP2), (http1, ALPN_HTTP1)];
-    let offered = offered.into_iter().filter(|(is_offered, _)| *is_offered);
-    offered.map(|(_, name)| name).collect()
 }
 
 // === impl NoVerifier ===

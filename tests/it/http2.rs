@@ -124,6 +124,21 @@ async fn a_host_that_is_not_the_authority_is_refused() {
 }
 
 #[tokio::test]
+async fn a_reply_of_our_own_to_head_has_no_body() {
+    let proxy = Proxy::start("backends: []\nroutes: []\n");
+    for mut client in [
+        Client::h2c(proxy.address()).await,
+        Client::connect(proxy.address()).await,
+    ] {
+        let get = client.get("/", &[]).await;
+        let head = client.send(Method::HEAD, "/", &[], "").await.unwrap();
+        assert_eq!((head.status, head.body.len()), (StatusCode::NOT_FOUND, 0));
+        let length = get.body.len().to_string();
+        assert_eq!(head.header("content-length"), Some(&*length));
+    }
+}
+
+#[tokio::test]
 async fn connect_is_not_served() {
     let upstream = Upstream::start("one").await;
     let proxy = Proxy::start(&single(upstream.address, ""));

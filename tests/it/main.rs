@@ -18,3 +18,5 @@ mod shutdown;
 mod split;
 mod support;
 mod tls;
+mod upstream_http2;
+mod upstream_tls;

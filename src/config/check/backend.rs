@@ -43,6 +43,8 @@ impl Checker<'_> {
         let response_headers =
             self.header_edits(&backend.response_headers, &at.key("responseHeaders"));
         let connections = self.connection_policy(backend, at);
+        let transport = self.transport(backend, at);
+        let (transport, own_certificate) = transport.unzip();
         Some(Backend {
             name: name?,
             version: backend.version.as_str().into(),
@@ -51,6 +53,8 @@ impl Checker<'_> {
             request_headers: request_headers?,
             response_headers: response_headers?,
             connections: connections?,
+            transport: transport?,
+            own_certificate: own_certificate?,
         })
     }
 

@@ -49,7 +49,7 @@ const HEADS: RangeInclusive<u64> = 8192..=65_536;
 /// The `http` crate holds no longer targets.
 const URIS: RangeInclusive<u64> = 64..=65_534;
 
-const BUFFERS: RangeInclusive<u64> = 4096..=(1 << 30);
+pub(super) const BUFFERS: RangeInclusive<u64> = 4096..=(1 << 30);
 
 /// What a listener has that does not say otherwise.
 #[derive(Clone, Copy)]

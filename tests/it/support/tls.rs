@@ -10,7 +10,10 @@ use rcgen::{
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, ProtocolVersion, RootCertStore, SupportedProtocolVersion};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{
+    ClientConfig, ProtocolVersion, RootCertStore, ServerConfig, SupportedProtocolVersion,
+};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -76,21 +79,24 @@ impl Authority {
         self.client_with(alpn, None, rustls::ALL_VERSIONS)
     }
 
+    fn roots(&self) -> Arc<RootCertStore> {
+        let mut roots = RootCertStore::empty();
+        let certificate = CertificateDer::from_pem_slice(self.pem.as_bytes());
+        roots.add(certificate.unwrap()).unwrap();
+        Arc::new(roots)
+    }
+
     pub(crate) fn client_with(
         &self,
         alpn: &[&str],
         own: Option<&Identity>,
         versions: &[&'static SupportedProtocolVersion],
     ) -> TlsClient {
-        let mut roots = RootCertStore::empty();
-        roots
-            .add(CertificateDer::from_pem_slice(self.pem.as_bytes()).unwrap())
-            .unwrap();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let builder = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)
             .unwrap()
-            .with_root_certificates(roots);
+            .with_root_certificates(self.roots());
         let mut config = match own {
             Some(own) => builder
                 .with_client_auth_cert(
@@ -106,6 +112,27 @@ impl Authority {
 }
 
 impl Identity {
+    /// What a server with this certificate accepts, from clients that `clients` has signed.
+    pub(crate) fn server(&self, alpn: &[&str], clients: Option<&Authority>) -> ServerConfig {
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()
+            .unwrap();
+        let builder = match clients {
+            Some(clients) => {
+                let verifier =
+                    WebPkiClientVerifier::builder_with_provider(clients.roots(), provider);
+                builder.with_client_cert_verifier(verifier.build().unwrap())
+            }
+            None => builder.with_no_client_auth(),
+        };
+        let chain = vec![CertificateDer::from_pem_slice(self.certificate.as_bytes()).unwrap()];
+        let key = PrivateKeyDer::from_pem_slice(self.key.as_bytes()).unwrap();
+        let mut config = builder.with_single_cert(chain, key).unwrap();
+        config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
+        config
+    }
+
     /// Writes the two files `NAME.crt` and `NAME.key`.
     pub(crate) fn write(&self, directory: &Path, name: &str) {
         fs::write(directory.join(format!("{name}.crt")), &self.certificate).unwrap();

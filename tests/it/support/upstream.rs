@@ -3,15 +3,17 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
+use http_body_util::channel::Channel;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -34,6 +36,8 @@ type Body = BoxBody<Bytes, hyper::Error>;
 /// * `/bytes/N` answers with N bytes;
 /// * `/delay/MS` answers after so many milliseconds;
 /// * `/status/N` answers with that status;
+/// * `/trailers` answers with a body and the trailer `x-sum`;
+/// * `/seen-trailers` reads the request's body to its end, and answers with its trailers;
 /// * everything else answers with the name.
 #[derive(Clone)]
 pub(crate) struct Upstream {
@@ -47,6 +51,7 @@ struct State {
     requests: AtomicUsize,
     held: AtomicUsize,
     release: Notify,
+    leave: Notify,
 }
 
 impl Upstream {
@@ -57,7 +62,12 @@ impl Upstream {
 
     /// Speaks HTTP/2 by prior knowledge.
     pub(crate) async fn h2c(name: &str) -> Self {
-        Self::speaking(name, Speaks::Http2).await
+        Self::h2c_with(name, 1000).await
+    }
+
+    /// As `h2c`, with so many requests at a time on each connection.
+    pub(crate) async fn h2c_with(name: &str, max_streams: u32) -> Self {
+        Self::speaking(name, Speaks::Http2 { max_streams }).await
     }
 
     /// Speaks what is agreed on by ALPN.
@@ -74,6 +84,7 @@ impl Upstream {
             requests: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
             release: Notify::new(),
+            leave: Notify::new(),
         });
         tokio::spawn(accept(listener, speaks, Arc::clone(&state)));
         Self { address, state }
@@ -94,6 +105,11 @@ impl Upstream {
         self.state.held.load(Ordering::SeqCst)
     }
 
+    /// Ends its HTTP/2 connections gracefully (GOAWAY).
+    pub(crate) fn leave(&self) {
+        self.state.leave.notify_waiters();
+    }
+
     /// Answers the requests to `/hold` that wait now.
     pub(crate) fn release(&self) {
         self.state.release.notify_waiters();
@@ -104,7 +120,7 @@ impl Upstream {
 #[derive(Clone)]
 enum Speaks {
     Http1,
-    Http2,
+    Http2 { max_streams: u32 },
     Tls(TlsAcceptor),
 }
 
@@ -115,13 +131,13 @@ async fn accept(listener: TcpListener, speaks: Speaks, state: Arc<State>) {
         let (state, speaks) = (Arc::clone(&state), speaks.clone());
         tokio::spawn(async move {
             match speaks {
-                Speaks::Http1 => serve(stream, false, state).await,
-                Speaks::Http2 => serve(stream, true, state).await,
+                Speaks::Http1 => serve(stream, None, state).await,
+                Speaks::Http2 { max_streams } => serve(stream, Some(max_streams), state).await,
                 // A client that does not believe us has left.
                 Speaks::Tls(acceptor) => {
                     if let Ok(stream) = acceptor.accept(stream).await {
                         let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-                        serve(stream, http2, state).await;
+                        serve(stream, http2.then_some(1000), state).await;
                     }
                 }
             }
@@ -129,15 +145,22 @@ async fn accept(listener: TcpListener, speaks: Speaks, state: Arc<State>) {
     }
 }
 
-async fn serve(stream: impl Connection, http2: bool, state: Arc<State>) {
+async fn serve(stream: impl Connection, http2: Option<u32>, state: Arc<State>) {
     let service = service_fn(|request| answer(Arc::clone(&state), request));
     let stream = TokioIo::new(stream);
     // The proxy may close the connection at any time.
-    if http2 {
-        let state = Arc::clone(&state);
+    if let Some(max_streams) = http2 {
+        let (state, leaving) = (Arc::clone(&state), Arc::clone(&state));
+        let leave = leaving.leave.notified();
         let service = service_fn(move |request| answer(Arc::clone(&state), request));
-        let builder = http2::Builder::new(TokioExecutor::new());
-        let _ = builder.serve_connection(stream, service).await;
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder.max_concurrent_streams(max_streams);
+        let mut connection = pin!(builder.serve_connection(stream, service));
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = leave => connection.as_mut().graceful_shutdown(),
+        }
+        let _ = connection.await;
     } else {
         let builder = http1::Builder::new();
         let _ = builder.serve_connection(stream, service).await;
@@ -149,6 +172,7 @@ async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     state.requests.fetch_add(1, Ordering::SeqCst);
+    let is_head = request.method() == Method::HEAD;
     let path = request.uri().path().to_owned();
     let number = |prefix: &str| {
         path.strip_prefix(prefix)
@@ -164,6 +188,28 @@ async fn answer(
                 .await
                 .map_or(0, |body| body.to_bytes().len());
             Response::new(text(length.to_string()))
+        }
+        "/trailers" => {
+            let trailers = HeaderMap::from_iter([(
+                HeaderName::from_static("x-sum"),
+                HeaderValue::from_static("1"),
+            )]);
+            // Without a length: HTTP/1.1 could not send trailers.
+            let (mut sender, body) = Channel::<Bytes>::new(2);
+            tokio::spawn(async move {
+                let _ = sender.send_data("body".into()).await;
+                let _ = sender.send_trailers(trailers).await;
+            });
+            let body = body.map_err(|never| match never {});
+            let mut response = Response::new(body.boxed());
+            let names = HeaderValue::from_static("x-sum");
+            response.headers_mut().insert("trailer", names);
+            response
+        }
+        "/seen-trailers" => {
+            let body = request.into_body().collect().await;
+            let trailers = body.ok().and_then(|body| body.trailers().cloned());
+            Response::new(text(format!("{:?}", trailers.unwrap_or_default())))
         }
         "/hold" => {
             state.held.fetch_add(1, Ordering::SeqCst);
@@ -182,6 +228,17 @@ async fn answer(
     }
     if let Some(status) = number("/status/") {
         *response.status_mut() = u16::try_from(status).unwrap().try_into().unwrap();
+    }
+    // hyper does that in HTTP/1 alone.
+    if matches!(response.status().as_u16(), 204 | 304) {
+        *response.body_mut() = text(String::new());
+    }
+    if is_head {
+        let length = response.body().size_hint().exact().unwrap();
+        *response.body_mut() = text(String::new());
+        response
+            .headers_mut()
+            .insert("content-length", length.into());
     }
     Ok(response)
 }

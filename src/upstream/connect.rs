@@ -1,0 +1,260 @@
+//! Making a connection to an endpoint: TCP, TLS, and what is spoken over it.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use hyper::body::Body;
+use hyper::client::conn::{http1, http2};
+use hyper::rt::Executor;
+use pin_project_lite::pin_project;
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tracing::debug;
+
+use crate::backend::{Backend, Endpoint, UpstreamProtocol};
+use crate::stream::Stream;
+use crate::telemetry::metrics::Up;
+use crate::tls::ALPN_HTTP2;
+use crate::tls::client::ClientTls;
+
+use super::shared::{Peer, Shared};
+use super::{Dedicated, SendError};
+
+/// A connection that stands.
+pub(super) enum Connected<B> {
+    /// For one request at a time.
+    Http1(Dedicated<B>),
+    /// For many.
+    Http2(Rc<Shared<B>>),
+}
+
+/// Runs what hyper wants to be run for a connection, on the thread that calls.
+#[derive(Clone, Debug, Default)]
+struct ConnectionExecutor(Rc<FirstSettings>);
+
+/// Whether the peer has sent its settings, which a connection begins with (RFC 9113 section 3.4).
+#[derive(Debug, Default)]
+struct FirstSettings {
+    are_known: Cell<bool>,
+    /// Told whenever something may have come.
+    progress: Notify,
+}
+
+pin_project! {
+    struct Observed<F> {
+        #[pin]
+        future: F,
+        settings: Rc<FirstSettings>,
+    }
+}
+
+/// A connection to be driven, of which things can be asked meanwhile; `None` once it has ended, since
+/// those who send over it learn of its end by its being dropped.
+#[derive(Debug)]
+struct Driver<C>(RefCell<Option<Pin<Box<C>>>>);
+
+/// What is taken for the peer's limit before it has sent one: nobody sends that.
+const UNKNOWN_LIMIT: usize = usize::MAX - 1;
+
+/// Connects to an endpoint; the connection counts as one of the backend's until it has ended.
+pub(super) async fn connect<B>(
+    backend: &Backend,
+    endpoint: &Endpoint,
+    http1_only: bool,
+    up: Up,
+) -> Result<Connected<B>, SendError>
+where
+    B: Body + Unpin + 'static,
+    B::Data: Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let connecting = async {
+        let dialled = dial(backend, endpoint, http1_only).await;
+        let (stream, speaks_http2) = dialled.map_err(SendError::Connect)?;
+        if speaks_http2 {
+            Box::pin(handshake_http2(backend, stream, up)).await
+        } else {
+            handshake_http1(stream, up).await
+        }
+    };
+    timeout(backend.connections.connect_timeout, connecting)
+        .await
+        .unwrap_or(Err(SendError::ConnectTimeout))
+}
+
+/// Gives the connection, and whether HTTP/2 is spoken over it.
+async fn dial(
+    backend: &Backend,
+    endpoint: &Endpoint,
+    http1_only: bool,
+) -> io::Result<(Stream, bool)> {
+    let stream = TcpStream::connect(endpoint.address).await?;
+    stream.set_nodelay(true)?;
+    let transport = &backend.transport;
+    match &transport.tls {
+        None => {
+            let speaks_http2 = transport.protocol == UpstreamProtocol::Http2;
+            Ok((Stream::plain(stream), speaks_http2))
+        }
+        // Boxed, since only few connections are made.
+        Some(tls) => {
+            Box::pin(dial_tls(
+                stream,
+                tls,
+                endpoint,
+                transport.protocol,
+                http1_only,
+            ))
+            .await
+        }
+    }
+}
+
+async fn dial_tls(
+    stream: TcpStream,
+    tls: &ClientTls,
+    endpoint: &Endpoint,
+    protocol: UpstreamProtocol,
+    http1_only: bool,
+) -> io::Result<(Stream, bool)> {
+    let stream = TlsConnector::from(Arc::clone(tls.config(http1_only)))
+        .connect(tls.name(endpoint.address.ip()), stream)
+        .await?;
+    let speaks_http2 = stream.get_ref().1.alpn_protocol() == Some(ALPN_HTTP2);
+    if protocol == UpstreamProtocol::Http2 && !speaks_http2 {
+        let reason = "the endpoint does not agree on HTTP/2 by ALPN";
+        return Err(io::Error::other(reason));
+    }
+    Ok((Stream::tls(stream), speaks_http2))
+}
+
+async fn handshake_http1<B>(stream: Stream, up: Up) -> Result<Connected<B>, SendError>
+where
+    B: Body + Unpin + 'static,
+    B::Data: Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let (sender, driver) = http1::handshake::<_, B>(stream)
+        .await
+        .map_err(SendError::Exchange)?;
+    let task = tokio::task::spawn_local(async move {
+        let _up = up;
+        if let Err(error) = driver.with_upgrades().await {
+            debug!(%error, "upstream connection ended");
+        }
+    });
+    Ok(Connected::Http1(Dedicated {
+        sender,
+        task: task.abort_handle(),
+    }))
+}
+
+async fn handshake_http2<B>(
+    backend: &Backend,
+    stream: Stream,
+    up: Up,
+) -> Result<Connected<B>, SendError>
+where
+    B: Body + Unpin + 'static,
+    B::Data: Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let policy = backend.transport.http2;
+    let executor = ConnectionExecutor::default();
+    let settings = Rc::clone(&executor.0);
+    let (sender, driver) = http2::Builder::new(executor)
+        .initial_max_send_streams(UNKNOWN_LIMIT)
+        .initial_stream_window_size(policy.stream_window)
+        .initial_connection_window_size(policy.connection_window)
+        .max_send_buf_size(policy.send_buffer)
+        .max_header_list_size(policy.header_list)
+        // They count for the whole life of a connection, and every client that goes away makes one
+        // (h2#856): with a limit, clients could end the connection of all.
+        .max_local_error_reset_streams(None)
+        .handshake::<_, B>(stream)
+        .await
+        .map_err(SendError::Exchange)?;
+    let driver = Rc::new(Driver(RefCell::new(Some(Box::pin(driver)))));
+    let (driven, watched) = (Rc::clone(&driver), Rc::clone(&settings));
+    tokio::task::spawn_local(async move {
+        let _up = up;
+        if let Err(error) = poll_fn(|cx| driven.poll(cx)).await {
+            debug!(%error, "upstream connection ended");
+        }
+        watched.progress.notify_one();
+    });
+    while driver.max_requests() == UNKNOWN_LIMIT {
+        settings.progress.notified().await;
+    }
+    if sender.is_closed() {
+        let reason = "the endpoint does not speak HTTP/2";
+        return Err(SendError::Connect(io::Error::other(reason)));
+    }
+    settings.are_known.set(true);
+    Ok(Connected::Http2(Shared::new(
+        sender,
+        driver,
+        policy.max_requests,
+    )))
+}
+
+// === impl ConnectionExecutor ===
+
+impl<F: Future<Output: 'static> + 'static> Executor<F> for ConnectionExecutor {
+    fn execute(&self, future: F) {
+        drop(tokio::task::spawn_local(Observed {
+            future,
+            settings: Rc::clone(&self.0),
+        }));
+    }
+}
+
+impl<F: Future> Future for Observed<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let this = self.project();
+        let polled = this.future.poll(cx);
+        if !this.settings.are_known.get() {
+            this.settings.progress.notify_one();
+        }
+        polled
+    }
+}
+
+// === impl Driver ===
+
+impl<C: Future<Output = hyper::Result<()>>> Driver<C> {
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<hyper::Result<()>> {
+        let mut connection = self.0.borrow_mut();
+        let Some(driven) = connection.as_mut() else {
+            return Poll::Ready(Ok(()));
+        };
+        let ended = ready!(driven.as_mut().poll(cx));
+        *connection = None;
+        Poll::Ready(ended)
+    }
+}
+
+impl<B> Peer for Driver<http2::Connection<Stream, B, ConnectionExecutor>>
+where
+    B: Body + Unpin + 'static,
+    B::Data: Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    fn max_requests(&self) -> usize {
+        // Nobody asks while it is driven.
+        let connection = self.0.try_borrow().ok();
+        let connection = connection
+            .as_ref()
+            .and_then(|connection| connection.as_ref());
+        connection.map_or(1, |connection| connection.current_max_send_streams())
+    }
+}
