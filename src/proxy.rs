@@ -8,6 +8,7 @@
 pub mod body;
 pub mod error;
 pub mod exchange;
+pub mod grpc;
 pub mod headers;
 pub mod origin;
 pub mod timeouts;
@@ -54,6 +55,7 @@ pub struct Proxy {
 struct Routed<'s> {
     request: Request<RequestBody>,
     needs: Needs,
+    limits: Limits,
     /// How far its body has come.
     progress: Progress,
     route: &'s Route,
@@ -78,6 +80,8 @@ struct Limits {
     silence: Option<Duration>,
     /// The end of the exchange, whatever happens.
     deadline: Option<Instant>,
+    /// The request's body may stand still for as long as it likes.
+    may_rest: bool,
     timeout: Timeout,
 }
 
@@ -168,6 +172,10 @@ impl Proxy {
         let origin = Origin::new(snapshot, peer, &parts.headers);
         exchange.came_from(&origin);
         let survey = Survey::of(&parts.headers);
+        let is_call = survey.has(Survey::CONTENT_TYPE) && grpc::is_call(&parts.headers);
+        if is_call {
+            exchange.is_call();
+        }
         headers::refuse_beyond_limits(&parts, origin.listener)?;
         headers::join_cookies(&mut parts.headers, survey);
         if survey.has(Survey::VIA) {
@@ -193,6 +201,7 @@ impl Proxy {
         if limit.is_some_and(|limit| body.size_hint().lower() > limit) {
             return Err(ProxyError::BodyTooLarge);
         }
+        let patience = is_call.then(|| grpc::timeout(&parts.headers));
         self.via.append(&mut parts.headers, parts.version);
         let needs = Needs {
             trailers: survey.has(Survey::TE) && headers::accepts_trailers(&parts.headers),
@@ -201,7 +210,8 @@ impl Proxy {
         headers::prepare_request(&mut parts, survey, route, backend, endpoint, &origin);
         let (body, progress) = RequestBody::new(body, exchange.decided_at(), || BodyRules {
             limit,
-            gap: origin.body_gap(),
+            // A stream of gRPC may rest as long as it likes.
+            gap: origin.body_gap().filter(|_| !is_call),
             timeout: self.timeouts.timeout(),
             route: Arc::clone(route),
         });
@@ -209,6 +219,7 @@ impl Proxy {
         Ok(Routed {
             request: Request::from_parts(parts, body),
             needs,
+            limits: self.limits(route, patience, exchange),
             progress,
             route,
             target,
@@ -227,6 +238,7 @@ impl Proxy {
         let Routed {
             request,
             needs,
+            limits,
             progress,
             route,
             target,
@@ -235,13 +247,6 @@ impl Proxy {
             lease,
         } = routed;
         let mut sending = self.pools.send(&target.backend, endpoint, request, needs);
-        let limits = Limits {
-            silence: route.backend_timeout,
-            deadline: route
-                .request_timeout
-                .map(|limit| exchange.started() + limit),
-            timeout: self.timeouts.timeout(),
-        };
         async move {
             let (mut response, loan) = limits.wait(sending.as_mut(), &progress).await?;
 
@@ -253,7 +258,9 @@ impl Proxy {
             let refusal = || ProxyError::UnknownCoding;
             headers::refuse_transfer_coding(response.headers(), survey, refusal)?;
             *response.version_mut() = Version::HTTP_11;
+            progress.answered();
             exchange.answered(response.status());
+            exchange.heard(response.headers());
             headers::prepare_response(response.headers_mut(), survey, route, target, &verdict);
             Ok(Answer {
                 response,
@@ -261,6 +268,18 @@ impl Proxy {
                 loan,
                 deadline: limits.into_deadline(),
             })
+        }
+    }
+
+    /// How long an exchange may take; `call` is what a caller of gRPC says about that.
+    fn limits(&self, route: &Route, call: Option<Option<Duration>>, exchange: &Exchange) -> Limits {
+        let limit = [route.request_timeout, call.flatten()];
+        let limit = limit.into_iter().flatten().min();
+        Limits {
+            silence: route.backend_timeout,
+            deadline: limit.map(|limit| exchange.started() + limit),
+            may_rest: call.is_some(),
+            timeout: self.timeouts.timeout(),
         }
     }
 
@@ -331,6 +350,11 @@ impl Limits {
                 match self.next(progress) {
                     // The body has moved meanwhile.
                     Some(next) if next > Instant::now() => self.timeout.set(Some(next)),
+                    _ if progress.awaits_client() && self.may_rest && !self.is_over() => {
+                        let later = self.silence.map(|limit| Instant::now() + limit);
+                        self.timeout
+                            .set(later.into_iter().chain(self.deadline).min());
+                    }
                     _ if progress.awaits_client() => {
                         return Poll::Ready(Err(ProxyError::RequestStalled));
                     }
@@ -339,6 +363,10 @@ impl Limits {
             }
         })
         .await
+    }
+
+    fn is_over(&self) -> bool {
+        self.deadline.is_some_and(|end| end <= Instant::now())
     }
 
     fn next(&self, progress: &Progress) -> Option<Instant> {

@@ -19,6 +19,7 @@ use crate::snapshot::Route;
 use crate::upstream::Loan;
 
 use super::exchange::Exchange;
+use super::grpc;
 use super::headers;
 use super::timeouts::Timeout;
 
@@ -36,7 +37,8 @@ pub struct RequestBody {
 pub struct BodyRules {
     /// The most bytes.
     pub limit: Option<u64>,
-    /// The longest gap while the upstream would take more.
+    /// The longest gap while the upstream would take more, as long as there is no response: from then
+    /// on a stream may rest.
     pub gap: Option<Duration>,
     /// Measures the gap.
     pub timeout: Timeout,
@@ -70,6 +72,8 @@ pub struct Stage {
     last: Instant,
     state: BodyState,
     bytes: u64,
+    /// The head of the response is here: the body may go on as it likes.
+    is_answered: bool,
 }
 
 /// Whose turn it is with the body of a request.
@@ -105,6 +109,8 @@ pub struct UpstreamBody {
     /// `None` once the body has ended.
     held: Option<Held>,
     deadline: Option<Timeout>,
+    /// Trailers of our own have ended it.
+    is_cut: bool,
 }
 
 /// What is held on to until the body of a response ends.
@@ -139,6 +145,7 @@ impl RequestBody {
                 last: now,
                 state: BodyState::Moving,
                 bytes: 0,
+                is_answered: false,
             })))
         } else {
             Progress::NoBody(now)
@@ -191,7 +198,7 @@ impl RequestBody {
         let Some(rules) = &self.rules else {
             return Poll::Pending;
         };
-        let Some(gap) = rules.gap else {
+        let Some(gap) = rules.gap.filter(|_| !self.progress.stage().is_answered) else {
             return Poll::Pending;
         };
         let ends = self.progress.last() + gap;
@@ -291,6 +298,16 @@ impl Progress {
         self.stage().state == BodyState::TooLarge
     }
 
+    /// The head of the response is here.
+    pub fn answered(&self) {
+        if let Self::Body(stage) = self {
+            stage.set(Stage {
+                is_answered: true,
+                ..stage.get()
+            });
+        }
+    }
+
     /// True when the client sent nothing for too long.
     pub fn has_stalled(&self) -> bool {
         self.stage().state == BodyState::Stalled
@@ -307,6 +324,7 @@ impl Progress {
                 last: *since,
                 state: BodyState::Moving,
                 bytes: 0,
+                is_answered: false,
             },
             Self::Body(stage) => stage.get(),
         }
@@ -323,6 +341,7 @@ impl Progress {
                 last: Instant::now(),
                 state,
                 bytes: stage.get().bytes + bytes as u64,
+                ..stage.get()
             });
         }
     }
@@ -365,7 +384,7 @@ impl Body for ReplyBody {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Local(body) => body.is_end_stream(),
-            Self::Upstream(body) => body.incoming.is_end_stream(),
+            Self::Upstream(body) => body.is_cut || body.incoming.is_end_stream(),
         }
     }
 
@@ -398,6 +417,7 @@ impl UpstreamBody {
             incoming,
             held: Some(held),
             deadline,
+            is_cut: false,
         }
     }
 
@@ -405,25 +425,66 @@ impl UpstreamBody {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if self.is_cut {
+            return Poll::Ready(None);
+        }
         let polled = Pin::new(&mut self.incoming).poll_frame(cx);
         if self.is_late(&polled, cx) {
             // If there was something to send on, the client was the slow one.
             let error = polled.is_pending().then_some("http_response_timeout");
-            self.fail(error);
-            return Poll::Ready(Some(Err(BodyError::Deadline)));
+            let words = "the exchange took longer than it may";
+            return Poll::Ready(Some(
+                match self.cut(grpc::Status::DEADLINE_EXCEEDED, words, error) {
+                    Some(trailers) => Ok(trailers),
+                    None => Err(BodyError::Deadline),
+                },
+            ));
         }
-        let frame = ready!(polled);
-        if let (Some(held), Some(Ok(frame))) = (&mut self.held, &frame) {
-            let bytes = frame.data_ref().map_or(0, Bytes::len);
-            held.exchange.sent(bytes);
+        let frame = match ready!(polled) {
+            Some(Ok(frame)) => frame,
+            Some(Err(error)) => {
+                let broken = Some("http_response_incomplete");
+                let words = "the upstream broke off its response";
+                return Poll::Ready(Some(
+                    match self.cut(grpc::Status::UNAVAILABLE, words, broken) {
+                        Some(trailers) => Ok(trailers),
+                        None => Err(BodyError::Upstream(error)),
+                    },
+                ));
+            }
+            None => {
+                self.end();
+                return Poll::Ready(None);
+            }
+        };
+        if let Some(held) = &mut self.held {
+            match frame.trailers_ref() {
+                Some(trailers) => held.exchange.heard(trailers),
+                None => held.exchange.sent(frame.data_ref().map_or(0, Bytes::len)),
+            }
         }
-        match &frame {
-            None => self.end(),
-            Some(Ok(_)) if self.incoming.is_end_stream() => self.end(),
-            Some(Ok(_)) => {}
-            Some(Err(_)) => self.fail(Some("http_response_incomplete")),
+        if self.incoming.is_end_stream() || frame.is_trailers() {
+            self.end();
         }
-        Poll::Ready(frame.map(|frame| frame.map_err(BodyError::Upstream)))
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    /// Ends the exchange before the body has ended. A caller of gRPC is told with trailers, if its
+    /// protocol can carry them.
+    fn cut(
+        &mut self,
+        status: grpc::Status,
+        words: &str,
+        error: Option<&'static str>,
+    ) -> Option<Frame<Bytes>> {
+        let held = self.held.as_mut()?;
+        let is_told = held.exchange.takes_trailers_of_ours();
+        if is_told {
+            held.exchange.call_ended(status);
+        }
+        self.fail(error);
+        self.is_cut = is_told;
+        is_told.then(|| Frame::trailers(status.trailers(words)))
     }
 
     fn is_late<T>(&self, polled: &Poll<T>, cx: &Context<'_>) -> bool {

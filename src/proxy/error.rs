@@ -2,7 +2,7 @@
 
 use std::io;
 
-use http::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
+use http::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use http::{Response, StatusCode};
 use tracing::debug;
 
@@ -10,6 +10,7 @@ use crate::upstream::SendError;
 
 use super::body::{Progress, ReplyBody};
 use super::exchange::Exchange;
+use super::grpc;
 
 const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 
@@ -152,11 +153,29 @@ impl ProxyError {
         }
     }
 
+    /// What a caller of gRPC is told.
+    pub fn grpc_status(&self) -> grpc::Status {
+        match self {
+            // A stream may rest until its deadline, so one that has stalled has met that.
+            Self::ConnectTimeout | Self::Timeout | Self::RequestStalled => {
+                grpc::Status::DEADLINE_EXCEEDED
+            }
+            Self::UriTooLong | Self::HeadTooLarge | Self::BodyTooLarge => {
+                grpc::Status::RESOURCE_EXHAUSTED
+            }
+            Self::ClientGone => grpc::Status::CANCELLED,
+            _ => grpc::Status::from_http(self.status()),
+        }
+    }
+
     /// The reply, which ends the exchange.
     pub fn reply(self, mut exchange: Exchange) -> Response<ReplyBody> {
         debug!(error = ?self, "request failed");
         if self.side() == Side::Upstream {
             exchange.upstream_failed(self.token());
+        }
+        if exchange.is_grpc() {
+            return self.reply_to_call(exchange);
         }
         let status = self.status();
         let text = format!("{status}: {}\n", self.words());
@@ -176,9 +195,7 @@ impl ProxyError {
             CONTENT_TYPE,
             HeaderValue::from_static("text/plain; charset=utf-8"),
         );
-        if let Ok(value) = HeaderValue::from_str(&format!("serin; error={}", self.token())) {
-            headers.insert(PROXY_STATUS, value);
-        }
+        self.set_proxy_status(headers);
         if status == StatusCode::METHOD_NOT_ALLOWED {
             headers.insert(
                 ALLOW,
@@ -186,6 +203,24 @@ impl ProxyError {
             );
         }
         response
+    }
+
+    fn reply_to_call(self, mut exchange: Exchange) -> Response<ReplyBody> {
+        let status = self.grpc_status();
+        exchange.call_ended(status);
+        match self {
+            Self::ClientGone => exchange.replied(client_gone(), self.token(), 0),
+            _ => exchange.replied(StatusCode::OK, self.token(), 0),
+        }
+        let mut response = status.reply(self.words(), ReplyBody::local(String::new()));
+        self.set_proxy_status(response.headers_mut());
+        response
+    }
+
+    fn set_proxy_status(&self, headers: &mut HeaderMap) {
+        if let Ok(value) = HeaderValue::from_str(&format!("serin; error={}", self.token())) {
+            headers.insert(PROXY_STATUS, value);
+        }
     }
 
     /// What the client is told: nothing about addresses and the inside of the network.

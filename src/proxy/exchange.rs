@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{HOST, USER_AGENT};
+use http::header::{HOST, HeaderMap, USER_AGENT};
 use http::{Request, StatusCode, Version};
 use tokio::time::Instant;
 
@@ -16,6 +16,7 @@ use crate::telemetry::metrics::{MethodLabel, Protocol, TargetMetrics, WorkerMetr
 
 use super::body::Progress;
 use super::error::client_gone;
+use super::grpc;
 use super::origin::Origin;
 
 /// What the access log says of a client that went away before it had its whole response.
@@ -41,8 +42,23 @@ pub struct Exchange {
     bytes_out: u64,
     /// The response is whole.
     ended: bool,
+    /// How it ends, if it is a call of gRPC.
+    grpc: Grpc,
+    /// The upstream brought no whole response.
+    has_failed: bool,
     /// Its line in the access log, if there is one; boxed, since an exchange is moved a few times.
     entry: Option<Box<Entry>>,
+}
+
+/// Whether a request is a call of gRPC, and how that has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Grpc {
+    /// It is none.
+    No,
+    /// It is one, and nobody has said yet how it ends.
+    Open,
+    /// It is one, and ended so.
+    Ended(grpc::Status),
 }
 
 /// A line of the access log, and what is added at its end.
@@ -74,6 +90,8 @@ impl Exchange {
             request_body: None,
             bytes_out: 0,
             ended: false,
+            grpc: Grpc::No,
+            has_failed: false,
             entry: log.map(|log| Box::new(Entry::begin(log, started, request))),
         }
     }
@@ -81,6 +99,36 @@ impl Exchange {
     /// True for a request whose response has no body.
     pub fn is_head(&self) -> bool {
         self.method.is_head()
+    }
+
+    /// It is a call of gRPC.
+    pub fn is_call(&mut self) {
+        self.grpc = Grpc::Open;
+    }
+
+    /// True for a call of gRPC.
+    pub fn is_grpc(&self) -> bool {
+        self.grpc != Grpc::No
+    }
+
+    /// True for a call of gRPC whose client can be sent trailers at any time.
+    pub fn takes_trailers_of_ours(&self) -> bool {
+        self.is_grpc() && self.protocol == Protocol::Http2
+    }
+
+    /// These trailers, or the head of a response that may be nothing but trailers, say how a call of
+    /// gRPC has ended, if it is one.
+    pub fn heard(&mut self, headers: &HeaderMap) {
+        if self.is_grpc()
+            && let Some(status) = grpc::Status::of(headers)
+        {
+            self.call_ended(status);
+        }
+    }
+
+    /// A call of gRPC has ended so.
+    pub fn call_ended(&mut self, status: grpc::Status) {
+        self.grpc = Grpc::Ended(status);
     }
 
     /// When the head of the request stood.
@@ -162,6 +210,7 @@ impl Exchange {
         if let Some(target) = &self.target {
             target.count_upstream_error(&self.metrics.all, error);
         }
+        self.has_failed = true;
         self.failed(error);
     }
 
@@ -175,6 +224,18 @@ impl Exchange {
         self.request_body
             .as_ref()
             .is_some_and(Progress::was_broken_by_client)
+    }
+
+    /// How the call has ended, if it is one; one that was cut off did not say.
+    fn grpc_status(&self, status: StatusCode) -> Option<grpc::Status> {
+        match self.grpc {
+            Grpc::No => None,
+            Grpc::Ended(status) => Some(status),
+            Grpc::Open if status == StatusCode::OK && !self.ended && !self.has_failed => {
+                Some(grpc::Status::CANCELLED)
+            }
+            Grpc::Open => Some(grpc::Status::from_http(status)),
+        }
     }
 
     fn failed(&mut self, error: &'static str) {
@@ -199,10 +260,21 @@ impl Drop for Exchange {
             self.protocol,
             duration,
         );
+        let grpc = self.grpc_status(status);
+        if let Some(grpc) = grpc {
+            target.count_grpc(&metrics.all, grpc.as_str());
+        }
+        if self.has_failed || status.is_server_error() || grpc.is_some_and(grpc::Status::is_failure)
+        {
+            target.count_failure();
+        }
         if let Some(target) = &self.target {
             target.in_flight().fall();
         }
         if let Some(mut entry) = self.entry.take() {
+            if let Some(grpc) = grpc {
+                entry.text("grpc_status", grpc.as_str());
+            }
             if !self.ended {
                 entry.error.get_or_insert(CLIENT_GONE);
             }

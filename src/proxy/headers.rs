@@ -72,6 +72,8 @@ impl Survey {
     /// A `Via` field.
     pub const VIA: u16 = 1 << 9;
     const COOKIE: u16 = 1 << 10;
+    /// A `Content-Type` field.
+    pub const CONTENT_TYPE: u16 = 1 << 11;
 
     /// Looks at every name once.
     pub fn of(headers: &HeaderMap) -> Self {
@@ -107,6 +109,7 @@ impl Survey {
             "te" => Self::TE | Self::HOP_BY_HOP,
             "via" => Self::VIA,
             "cookie" => Self::COOKIE,
+            "content-type" => Self::CONTENT_TYPE,
             "forwarded" | "x-forwarded-for" | "x-forwarded-host" | "x-forwarded-port"
             | "x-forwarded-proto" | "x-real-ip" => Self::FORWARDING,
             "expect" => Self::EXPECT,
@@ -468,7 +471,7 @@ fn origin_form(uri: &Uri) -> Uri {
 
 #[cfg(test)]
 mod tests {
-    use http::header::VIA;
+    use http::header::{CONTENT_TYPE, VIA};
 
     use super::*;
 
@@ -483,6 +486,7 @@ mod tests {
             (&[TE], Survey::TE),
             (&[VIA], Survey::VIA),
             (&[COOKIE], Survey::COOKIE),
+            (&[CONTENT_TYPE], Survey::CONTENT_TYPE),
             (&[CONNECTION], Survey::CONNECTION),
             (&[TRANSFER_ENCODING], Survey::TRANSFER_ENCODING),
             (&[HeaderName::from_static("x_user_id")], Survey::AMBIGUOUS),

@@ -71,6 +71,8 @@ pub struct TargetLabels {
 pub struct TargetMetrics {
     requests: Family<(MethodLabel, StatusCode, Protocol)>,
     upstream_errors: Family<&'static str>,
+    grpc_responses: Family<&'static str>,
+    failures: Counter,
     decisions: [OnceLock<Counter>; Reason::ALL.len()],
     latencies: Arc<Latencies>,
     in_flight: Arc<Level>,
@@ -143,6 +145,14 @@ const DEFINITIONS: &[Definition] = &[
     counter(
         "serin_requests_total",
         "Requests answered, by status code; 499 is a client that went away.",
+    ),
+    counter(
+        "serin_request_failures_total",
+        "Requests that failed by the version's fault: 5xx, a gRPC status of that kind, or no whole response.",
+    ),
+    counter(
+        "serin_grpc_responses_total",
+        "Calls of gRPC answered, by the number of their status.",
     ),
     gauge("serin_requests_in_flight", None, "Requests being served."),
     counter(
@@ -364,6 +374,9 @@ impl Metrics {
         let created = Arc::new(TargetMetrics {
             requests: Family::default(),
             upstream_errors: Family::default(),
+            grpc_responses: Family::default(),
+            // There from the start: an increase from nothing is invisible to Prometheus.
+            failures: self.counter("serin_request_failures_total", &labels.pairs()),
             decisions: Default::default(),
             latencies: self.latencies(labels),
             in_flight: self.level("serin_requests_in_flight", &labels.pairs()),
@@ -466,6 +479,25 @@ impl TargetMetrics {
                 metrics.counter("serin_upstream_errors_total", &labels)
             })
             .increment(1);
+    }
+
+    /// Counts how a call of gRPC has ended.
+    pub fn count_grpc(&self, metrics: &Metrics, status: &'static str) {
+        self.grpc_responses
+            .get(status, || {
+                let [route, backend, version] = self.labels.pairs();
+                let status = ("grpc_status", status);
+                metrics.counter(
+                    "serin_grpc_responses_total",
+                    &[route, backend, version, status],
+                )
+            })
+            .increment(1);
+    }
+
+    /// Counts a request that failed by the version's fault.
+    pub fn count_failure(&self) {
+        self.failures.increment(1);
     }
 
     /// The number of its requests in flight.

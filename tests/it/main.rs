@@ -11,6 +11,7 @@ mod balance;
 mod cli;
 mod errors;
 mod forwarding;
+mod grpc;
 mod headers;
 mod http2;
 mod reload;
