@@ -189,6 +189,8 @@ pub struct Route {
     pub request_timeout: Option<Duration>,
     /// The limit of waiting for the head of a response.
     pub backend_timeout: Option<Duration>,
+    /// How long nothing may go through a tunnel.
+    pub tunnel_idle: Option<Duration>,
     /// Who gets which target.
     pub gray: Gray,
     /// Whether responses name their version.

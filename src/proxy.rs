@@ -12,6 +12,8 @@ pub mod grpc;
 pub mod headers;
 pub mod origin;
 pub mod timeouts;
+pub mod tunnel;
+pub mod upgrade;
 pub mod via;
 
 use std::cell::RefCell;
@@ -22,7 +24,8 @@ use std::sync::Arc;
 use std::task::{Poll, ready};
 use std::time::Duration;
 
-use http::{HeaderValue, Request, Response, StatusCode, Version};
+use http::request::Parts;
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body, Incoming};
 use tokio::time::Instant;
 
@@ -36,8 +39,10 @@ use body::{BodyRules, Held, Progress, ReplyBody, RequestBody, UpstreamBody};
 use error::ProxyError;
 use exchange::Exchange;
 use headers::Survey;
-use origin::{Origin, Peer};
+use origin::{Guards, Origin, Peer};
 use timeouts::{Timeout, Timeouts, Timer};
+use tunnel::Tunnel;
+use upgrade::{Ends, Wish};
 use via::Via;
 
 /// Serves the requests of one worker.
@@ -55,6 +60,9 @@ pub struct Proxy {
 struct Routed<'s> {
     request: Request<RequestBody>,
     needs: Needs,
+    /// The tunnel that the client asks for.
+    wish: Option<Wish>,
+    guards: Guards,
     limits: Limits,
     /// How far its body has come.
     progress: Progress,
@@ -70,7 +78,9 @@ struct Answer {
     response: Response<Incoming>,
     lease: Lease,
     loan: Loan<RequestBody>,
-    deadline: Option<Timeout>,
+    /// Where it leads, if it is one, and how long nothing may go through.
+    tunnel: Option<Box<(Ends, Guards, Option<Duration>)>>,
+    limits: Limits,
 }
 
 /// How long an exchange may take.
@@ -181,6 +191,7 @@ impl Proxy {
         if survey.has(Survey::VIA) {
             self.via.refuse_loop(&parts.headers)?;
         }
+        let wish = self.wish(&mut parts, survey, &body);
         let host = origin::host(&parts, survey)?;
         let head = origin::head(&parts, &host, origin.client);
 
@@ -205,9 +216,12 @@ impl Proxy {
         self.via.append(&mut parts.headers, parts.version);
         let needs = Needs {
             trailers: survey.has(Survey::TE) && headers::accepts_trailers(&parts.headers),
-            http1: false,
+            tunnel: wish.is_some(),
         };
         headers::prepare_request(&mut parts, survey, route, backend, endpoint, &origin);
+        if let Some(wish) = &wish {
+            wish.ask(&mut parts.headers);
+        }
         let (body, progress) = RequestBody::new(body, exchange.decided_at(), || BodyRules {
             limit,
             // A stream of gRPC may rest as long as it likes.
@@ -219,6 +233,8 @@ impl Proxy {
         Ok(Routed {
             request: Request::from_parts(parts, body),
             needs,
+            wish,
+            guards: Rc::clone(&peer.guards),
             limits: self.limits(route, patience, exchange),
             progress,
             route,
@@ -238,6 +254,8 @@ impl Proxy {
         let Routed {
             request,
             needs,
+            wish,
+            guards,
             limits,
             progress,
             route,
@@ -250,10 +268,14 @@ impl Proxy {
         async move {
             let (mut response, loan) = limits.wait(sending.as_mut(), &progress).await?;
 
-            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            let tunnel = match wish {
+                Some(wish) => wish.answered(&mut response)?,
                 // Nobody asked: the upgrade fields were taken out of the request.
-                return Err(ProxyError::UnaskedUpgrade);
-            }
+                None if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                    return Err(ProxyError::UnaskedUpgrade);
+                }
+                None => None,
+            };
             let survey = Survey::of(response.headers());
             let refusal = || ProxyError::UnknownCoding;
             headers::refuse_transfer_coding(response.headers(), survey, refusal)?;
@@ -266,9 +288,20 @@ impl Proxy {
                 response,
                 lease,
                 loan,
-                deadline: limits.into_deadline(),
+                tunnel: tunnel.map(|ends| Box::new((ends, guards, route.tunnel_idle))),
+                limits,
             })
         }
+    }
+
+    /// The tunnel that a request asks for, if it does.
+    fn wish(&self, parts: &mut Parts, survey: Survey, body: &Incoming) -> Option<Wish> {
+        let may_be = survey.has(Survey::UPGRADE) || parts.method == Method::CONNECT;
+        if !may_be {
+            return None;
+        }
+        let key = self.dice.borrow_mut().u128(..).to_le_bytes();
+        Wish::of(parts, survey, !body.is_end_stream(), key)
     }
 
     /// How long an exchange may take; `call` is what a caller of gRPC says about that.
@@ -291,17 +324,36 @@ impl Proxy {
 // === impl Answer ===
 
 impl Answer {
-    fn into_response(self, exchange: Exchange) -> Response<ReplyBody> {
+    fn into_response(self, mut exchange: Exchange) -> Response<ReplyBody> {
         let Self {
             response,
             lease,
             loan,
-            deadline,
+            tunnel,
+            limits,
         } = self;
-        response.map(|body| {
-            let held = Held::new(exchange, lease, loan);
-            ReplyBody::Upstream(UpstreamBody::new(body, held, deadline))
-        })
+        let Some(tunnel) = tunnel else {
+            let deadline = limits.into_deadline();
+            return response.map(|body| {
+                let held = Held::new(exchange, lease, loan);
+                ReplyBody::Upstream(UpstreamBody::new(body, held, deadline))
+            });
+        };
+        let (ends, guards, idle) = *tunnel;
+        let mut response = response.map(|_| ReplyBody::local(String::new()));
+        ends.tell(response.headers_mut());
+        exchange.becomes_tunnel();
+        let tunnel = Tunnel {
+            ends,
+            exchange,
+            lease,
+            loan,
+            guards,
+            idle,
+            timeout: limits.timeout,
+        };
+        drop(tokio::task::spawn_local(tunnel.run()));
+        response
     }
 }
 

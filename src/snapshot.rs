@@ -81,6 +81,8 @@ pub struct Route {
     pub request_timeout: Option<Duration>,
     /// The limit of waiting for the head of a response.
     pub backend_timeout: Option<Duration>,
+    /// How long nothing may go through a tunnel.
+    pub tunnel_idle: Option<Duration>,
     /// Whether responses name their version.
     pub expose_version: bool,
     /// The `Vary` header of its responses.
@@ -219,6 +221,7 @@ fn compile_route(
         targets,
         request_timeout: route.request_timeout,
         backend_timeout: route.backend_timeout,
+        tunnel_idle: route.tunnel_idle,
         expose_version: route.expose_version,
         debug_clients: Arc::clone(&route.gray.debug_clients),
     }

@@ -81,8 +81,8 @@ enum Connection<B> {
 pub struct Needs {
     /// The client takes trailers: an endpoint that speaks HTTP/2 is told so.
     pub trailers: bool,
-    /// It can only be asked in HTTP/1.1.
-    pub http1: bool,
+    /// It asks for a tunnel.
+    pub tunnel: bool,
 }
 
 /// How long a request may go on when its response has ended: so that a client which is sent an early
@@ -114,6 +114,8 @@ pub enum SendError {
     ConnectTimeout,
     /// The connection broke, or what came over it was no HTTP.
     Exchange(hyper::Error),
+    /// The endpoint speaks HTTP/2 alone, and takes no extended CONNECT (RFC 8441 section 3).
+    NoTunnel,
 }
 
 pin_project! {
@@ -168,7 +170,7 @@ where
             endpoint,
             needs,
         };
-        let begun = match self.take(to) {
+        let begun = match self.take(to).filter(|one| one.takes(needs)) {
             Some(connection) => Ok(self.exchange(to, connection, request)),
             None => Err(Box::new(request)),
         };
@@ -189,6 +191,9 @@ where
     async fn send_anew(self: &Rc<Self>, to: To<'_>, mut request: Request<B>) -> Sent<B> {
         loop {
             while let Some(connection) = self.take(to) {
+                if !connection.takes(to.needs) {
+                    return Err(SendError::NoTunnel);
+                }
                 match self.exchange(to, connection, request).await {
                     Ok(answer) => return Ok(answer),
                     Err((_, Some(unsent))) => request = *unsent,
@@ -201,6 +206,9 @@ where
             }
         }
         let connection = self.connect(to).await?;
+        if !connection.takes(to.needs) {
+            return Err(SendError::NoTunnel);
+        }
         let answer = self.exchange(to, connection, request).await;
         answer.map_err(|(error, _)| SendError::Exchange(error))
     }
@@ -241,7 +249,7 @@ where
                     &mut request,
                     &to.endpoint.authority,
                     to.backend.transport.tls.is_some(),
-                    to.needs.trailers,
+                    to.needs,
                 );
                 Either::Other {
                     other: claim.sender().try_send_request(request),
@@ -273,7 +281,7 @@ where
         let mut pools = self.pools.borrow_mut();
         let pool = pools.get_mut(&to.endpoint.id)?;
         pool.keep_to(to.backend);
-        if !to.needs.http1
+        if !to.needs_http1()
             && let Some(claim) = pool.shared.iter().find_map(Shared::claim)
         {
             return Some(Connection::Http2(claim));
@@ -286,7 +294,7 @@ where
 
     /// The connection that is being made and that the request can wait for.
     fn opening(&self, to: To<'_>) -> Option<Rc<Opening>> {
-        if to.needs.http1 {
+        if to.needs_http1() {
             return None;
         }
         let pools = self.pools.borrow();
@@ -295,7 +303,7 @@ where
 
     async fn connect(self: &Rc<Self>, to: To<'_>) -> Result<Connection<B>, SendError> {
         let (level, opening) = self.begin_opening(to);
-        let connected = connect(to.backend, to.endpoint, to.needs.http1, level.up()).await;
+        let connected = connect(to.backend, to.endpoint, to.needs_http1(), level.up()).await;
         if let (Some(opening), Err(error)) = (&opening, &connected) {
             opening.opening.fail(error);
         }
@@ -334,7 +342,7 @@ where
             // Most likely it will agree on what it has agreed on before.
             UpstreamProtocol::Negotiated => !pool.shared.is_empty(),
         };
-        let opener = (is_shared && !to.needs.http1).then(|| {
+        let opener = (is_shared && !to.needs_http1()).then(|| {
             let opening = Rc::new(Opening::default());
             pool.opening = Some(Rc::clone(&opening));
             Opener {
@@ -358,6 +366,16 @@ where
                 since: Instant::now(),
             });
         }
+    }
+}
+
+// === impl To ===
+
+impl To<'_> {
+    /// True for a tunnel where there is a choice: every endpoint that has WebSockets has them in
+    /// HTTP/1.1, and few have them in HTTP/2.
+    fn needs_http1(&self) -> bool {
+        self.needs.tunnel && self.backend.transport.protocol != UpstreamProtocol::Http2
     }
 }
 
@@ -422,6 +440,18 @@ where
                     Err(_) => connection.task.abort(),
                 }
             });
+        }
+    }
+}
+
+// === impl Connection ===
+
+impl<B> Connection<B> {
+    /// True when a request with these needs can go over it.
+    fn takes(&self, needs: Needs) -> bool {
+        match self {
+            Self::Http1(_) => true,
+            Self::Http2(claim) => !needs.tunnel || claim.takes_tunnels(),
         }
     }
 }

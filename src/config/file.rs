@@ -610,6 +610,11 @@ pub struct RouteTimeouts {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("pattern" = DURATION_PATTERN))]
     pub backend_request: Option<String>,
+    /// A tunnel (WebSocket) through which nothing goes for this long is closed (default 1h; 0s: no
+    /// limit).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = DURATION_PATTERN))]
+    pub tunnel_idle: Option<String>,
 }
 
 /// Who gets which version. Highest first: `denyList`, `override`, rules with a user list, other

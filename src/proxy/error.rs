@@ -55,6 +55,8 @@ pub enum ProxyError {
     Malformed(hyper::Error),
     /// The endpoint changed protocols without being asked.
     UnaskedUpgrade,
+    /// The endpoint was asked for a tunnel, and neither agreed nor refused, or cannot be asked.
+    UpgradeFailed,
     /// The response did not come in time.
     Timeout,
 }
@@ -83,6 +85,7 @@ impl ProxyError {
             SendError::Connect(error) if is_exhaustion(&error) => Self::Exhausted(error),
             SendError::Connect(error) => Self::Connect(error),
             SendError::ConnectTimeout => Self::ConnectTimeout,
+            SendError::NoTunnel => Self::UpgradeFailed,
             SendError::Exchange(error) if error.is_parse() => Self::Malformed(error),
             SendError::Exchange(error) => Self::Terminated(error),
         }
@@ -106,7 +109,8 @@ impl ProxyError {
             | Self::Terminated(_)
             | Self::Malformed(_)
             | Self::UnknownCoding
-            | Self::UnaskedUpgrade => StatusCode::BAD_GATEWAY,
+            | Self::UnaskedUpgrade
+            | Self::UpgradeFailed => StatusCode::BAD_GATEWAY,
             Self::ConnectTimeout | Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -131,7 +135,7 @@ impl ProxyError {
             Self::Terminated(_) => "connection_terminated",
             Self::Malformed(_) => "http_protocol_error",
             Self::UnknownCoding => "http_response_transfer_coding",
-            Self::UnaskedUpgrade => "http_upgrade_failed",
+            Self::UnaskedUpgrade | Self::UpgradeFailed => "http_upgrade_failed",
             Self::Timeout => "http_response_timeout",
         }
     }
@@ -245,6 +249,7 @@ impl ProxyError {
             Self::Malformed(_) => "the upstream's response is malformed",
             Self::UnknownCoding => "the upstream's response has an unknown transfer coding",
             Self::UnaskedUpgrade => "the upstream switched protocols without being asked",
+            Self::UpgradeFailed => "the upstream did not agree to the tunnel",
             Self::Timeout => "the upstream did not answer in time",
         }
     }

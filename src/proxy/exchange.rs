@@ -38,8 +38,12 @@ pub struct Exchange {
     status: Option<StatusCode>,
     /// The request's own body, which may still be on its way.
     request_body: Option<Progress>,
+    /// How much came through a tunnel from the client.
+    bytes_in: u64,
     /// How much of the response's body the client was sent.
     bytes_out: u64,
+    /// How long it took until it became a tunnel.
+    until_tunnel: Option<Duration>,
     /// The response is whole.
     ended: bool,
     /// How it ends, if it is a call of gRPC.
@@ -88,7 +92,9 @@ impl Exchange {
             target: None,
             status: None,
             request_body: None,
+            bytes_in: 0,
             bytes_out: 0,
+            until_tunnel: None,
             ended: false,
             grpc: Grpc::No,
             has_failed: false,
@@ -182,6 +188,21 @@ impl Exchange {
         self.status = Some(status);
     }
 
+    /// From now on it is a tunnel. Its latency ends here, or tunnels that stand for hours would say
+    /// that a version is slow.
+    pub fn becomes_tunnel(&mut self) {
+        self.until_tunnel = Some(self.started.elapsed());
+        if let Some(target) = &self.target {
+            target.tunnels().rise();
+        }
+    }
+
+    /// So much has come through the tunnel from the client and from the endpoint.
+    pub fn tunnelled(&mut self, from_client: u64, from_endpoint: u64) {
+        self.bytes_in += from_client;
+        self.bytes_out += from_endpoint;
+    }
+
     /// So many bytes of the response's body are on their way to the client.
     pub fn sent(&mut self, bytes: usize) {
         self.bytes_out += bytes as u64;
@@ -258,7 +279,7 @@ impl Drop for Exchange {
             self.method,
             status,
             self.protocol,
-            duration,
+            self.until_tunnel.unwrap_or(duration),
         );
         let grpc = self.grpc_status(status);
         if let Some(grpc) = grpc {
@@ -270,6 +291,9 @@ impl Drop for Exchange {
         }
         if let Some(target) = &self.target {
             target.in_flight().fall();
+            if self.until_tunnel.is_some() {
+                target.tunnels().fall();
+            }
         }
         if let Some(mut entry) = self.entry.take() {
             if let Some(grpc) = grpc {
@@ -278,7 +302,8 @@ impl Drop for Exchange {
             if !self.ended {
                 entry.error.get_or_insert(CLIENT_GONE);
             }
-            let bytes_in = self.request_body.as_ref().map_or(0, Progress::bytes);
+            let body = self.request_body.as_ref().map_or(0, Progress::bytes);
+            let bytes_in = body + self.bytes_in;
             entry.end(status, duration, bytes_in, self.bytes_out);
         }
     }

@@ -72,6 +72,8 @@ impl Survey {
     /// A `Via` field.
     pub const VIA: u16 = 1 << 9;
     const COOKIE: u16 = 1 << 10;
+    /// An `Upgrade` field.
+    pub const UPGRADE: u16 = 1 << 12;
     /// A `Content-Type` field.
     pub const CONTENT_TYPE: u16 = 1 << 11;
 
@@ -105,7 +107,8 @@ impl Survey {
         match name {
             "connection" => Self::CONNECTION | Self::HOP_BY_HOP,
             "transfer-encoding" => Self::TRANSFER_ENCODING | Self::HOP_BY_HOP,
-            "keep-alive" | "proxy-connection" | "upgrade" | "http2-settings" => Self::HOP_BY_HOP,
+            "keep-alive" | "proxy-connection" | "http2-settings" => Self::HOP_BY_HOP,
+            "upgrade" => Self::UPGRADE | Self::HOP_BY_HOP,
             "te" => Self::TE | Self::HOP_BY_HOP,
             "via" => Self::VIA,
             "cookie" => Self::COOKIE,
@@ -484,6 +487,7 @@ mod tests {
             (&[X_SERVICE_VERSION, X_SERIN_DECISION], Survey::OURS),
             (&[EXPECT], Survey::EXPECT),
             (&[TE], Survey::TE),
+            (&[UPGRADE], Survey::UPGRADE),
             (&[VIA], Survey::VIA),
             (&[COOKIE], Survey::COOKIE),
             (&[CONTENT_TYPE], Survey::CONTENT_TYPE),

@@ -1,7 +1,9 @@
 //! Where a request comes from: its client, and what may be believed about it.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
 use std::time::Duration;
 
 use http::header::{HOST, HeaderMap, HeaderName, HeaderValue};
@@ -33,7 +35,12 @@ pub struct Peer {
     pub forwarded: HeaderValue,
     /// What came of its TLS handshake; `None` without TLS.
     pub tls: Option<TlsSession>,
+    /// What is let go of when the connection has ended, and every tunnel that it became or carries.
+    pub guards: Guards,
 }
+
+/// What counts a connection for as long as it is there.
+pub type Guards = Rc<dyn fmt::Debug>;
 
 /// What came of a client's TLS handshake.
 #[derive(Clone, Debug)]
@@ -63,7 +70,7 @@ pub struct Origin<'p> {
 
 impl Peer {
     /// The peer at `address`, whose connection came through the listener at `listener`.
-    pub fn new(listener: SocketAddr, address: SocketAddr) -> Self {
+    pub fn new(listener: SocketAddr, address: SocketAddr, guards: Guards) -> Self {
         let shown = address.ip().to_canonical().to_string();
         Self {
             listener,
@@ -71,6 +78,7 @@ impl Peer {
             forwarded: HeaderValue::from_str(&shown)
                 .unwrap_or_else(|_| HeaderValue::from_static("unknown")),
             tls: None,
+            guards,
         }
     }
 }

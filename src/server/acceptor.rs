@@ -11,7 +11,6 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
-use crate::proxy::origin::Peer;
 use crate::telemetry::metrics::Level;
 
 use super::worker::{Accepted, WorkerHandle};
@@ -169,7 +168,8 @@ impl Listener {
         }
         worker.serve(Accepted {
             stream,
-            peer: Peer::new(self.bound, address),
+            listener: self.bound,
+            address,
             phase: self.phase.clone(),
             active: self.active.load().up(),
         });

@@ -71,13 +71,15 @@ struct Ready {
 }
 
 /// Serves a connection to its end.
-pub(super) async fn serve(proxy: Rc<Proxy>, accepted: Accepted, _serving: Serving) {
+pub(super) async fn serve(proxy: Rc<Proxy>, accepted: Accepted, serving: Serving) {
     let Accepted {
         stream,
-        mut peer,
+        listener,
+        address,
         phase,
-        active: _active,
+        active,
     } = accepted;
+    let mut peer = Peer::new(listener, address, Rc::new((serving, active)));
     let Some(listener) = proxy.live().current().listener(peer.listener).cloned() else {
         return debug!(listener = %peer.listener, "a connection came through a listener that is gone");
     };
@@ -215,7 +217,8 @@ async fn serve_http1(
         builder.max_headers(header_fields);
     }
     let stream = Watched::new(ready.stream, Arc::clone(&conduct));
-    let mut connection = pin!(builder.serve_connection(stream, service));
+    let connection = builder.serve_connection(stream, service);
+    let mut connection = pin!(connection.with_upgrades());
     match until_drained(connection.as_mut(), phase, &draining, &conduct).await {
         Some(ended) => ended,
         None => {
@@ -274,6 +277,7 @@ fn http2_builder(
 ) -> http2::Builder<StreamExecutor> {
     let mut builder = http2::Builder::new(executor);
     builder
+        .enable_connect_protocol()
         .max_concurrent_streams(http2.max_concurrent_streams)
         .initial_stream_window_size(http2.stream_window)
         .initial_connection_window_size(http2.connection_window)

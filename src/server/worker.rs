@@ -1,7 +1,7 @@
 //! A worker: one thread, one runtime, its own connections to clients and to endpoints.
 
 use std::io;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,7 +12,6 @@ use tokio::sync::{mpsc, watch};
 use tracing::debug;
 
 use crate::proxy::Proxy;
-use crate::proxy::origin::Peer;
 use crate::proxy::timeouts::Timeouts;
 use crate::proxy::via::Via;
 use crate::snapshot::{Live, Reader};
@@ -29,8 +28,10 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 pub struct Accepted {
     /// The connection.
     pub stream: TcpStream,
+    /// The address of the listener that it came through.
+    pub listener: SocketAddr,
     /// Its other end.
-    pub peer: Peer,
+    pub address: SocketAddr,
     /// When it has to end.
     pub phase: watch::Receiver<Phase>,
     /// Counts it among the connections of its listener.

@@ -76,6 +76,7 @@ pub struct TargetMetrics {
     decisions: [OnceLock<Counter>; Reason::ALL.len()],
     latencies: Arc<Latencies>,
     in_flight: Arc<Level>,
+    tunnels: Arc<Level>,
     labels: TargetLabels,
 }
 
@@ -155,6 +156,11 @@ const DEFINITIONS: &[Definition] = &[
         "Calls of gRPC answered, by the number of their status.",
     ),
     gauge("serin_requests_in_flight", None, "Requests being served."),
+    gauge(
+        "serin_tunnels_active",
+        None,
+        "Tunnels (WebSocket) that stand; they are in flight as well.",
+    ),
     counter(
         "serin_routing_decisions_total",
         "Requests by the reason for which they got their backend.",
@@ -380,6 +386,7 @@ impl Metrics {
             decisions: Default::default(),
             latencies: self.latencies(labels),
             in_flight: self.level("serin_requests_in_flight", &labels.pairs()),
+            tunnels: self.level("serin_tunnels_active", &labels.pairs()),
             labels: labels.clone(),
         });
         targets.insert(labels.clone(), Arc::clone(&created));
@@ -498,6 +505,11 @@ impl TargetMetrics {
     /// Counts a request that failed by the version's fault.
     pub fn count_failure(&self) {
         self.failures.increment(1);
+    }
+
+    /// The number of its tunnels.
+    pub fn tunnels(&self) -> &Arc<Level> {
+        &self.tunnels
     }
 
     /// The number of its requests in flight.

@@ -257,4 +257,12 @@ where
             .and_then(|connection| connection.as_ref());
         connection.map_or(1, |connection| connection.current_max_send_streams())
     }
+
+    fn takes_tunnels(&self) -> bool {
+        let connection = self.0.try_borrow().ok();
+        let connection = connection
+            .as_ref()
+            .and_then(|connection| connection.as_ref());
+        connection.is_some_and(|connection| connection.is_extended_connect_protocol_enabled())
+    }
 }

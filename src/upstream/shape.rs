@@ -5,10 +5,15 @@
 //! done for one version is undone for the other, since a request that a connection would not take
 //! goes to another one.
 
-use http::header::{HOST, HeaderValue, TE, TRANSFER_ENCODING};
+use http::header::{
+    CONNECTION, HOST, HeaderValue, SEC_WEBSOCKET_KEY, TE, TRANSFER_ENCODING, UPGRADE,
+};
 use http::uri::{Authority, Parts, PathAndQuery, Scheme};
-use http::{Request, Uri, Version};
+use http::{Method, Request, Uri, Version};
 use hyper::body::Body;
+use hyper::ext::Protocol;
+
+use super::Needs;
 
 /// HTTP/1.1 (RFC 9112 section 3.2).
 pub(super) fn http1<B: Body>(request: &mut Request<B>) {
@@ -32,19 +37,17 @@ pub(super) fn http1<B: Body>(request: &mut Request<B>) {
 
 /// HTTP/2 (RFC 9113 section 8.3.1). A host that there is not, or that HTTP/2 cannot express, is
 /// replaced by that of the endpoint.
-pub(super) fn http2<B>(
-    request: &mut Request<B>,
-    endpoint: &str,
-    is_encrypted: bool,
-    accepts_trailers: bool,
-) {
+pub(super) fn http2<B>(request: &mut Request<B>, endpoint: &str, is_encrypted: bool, needs: Needs) {
+    if needs.tunnel {
+        extended_connect(request);
+    }
     let headers = request.headers_mut();
     headers.remove(TRANSFER_ENCODING);
     let host = headers.remove(HOST);
     let authority = host
         .and_then(|host| Authority::try_from(host.as_bytes()).ok())
         .or_else(|| endpoint.parse().ok());
-    if accepts_trailers {
+    if needs.trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
     }
     let scheme = if is_encrypted {
@@ -60,6 +63,16 @@ pub(super) fn http2<B>(
         *request.uri_mut() = uri;
     }
     *request.version_mut() = Version::HTTP_2;
+}
+
+/// Asks for a WebSocket as HTTP/2 does (RFC 8441 section 4).
+fn extended_connect<B>(request: &mut Request<B>) {
+    *request.method_mut() = Method::CONNECT;
+    let websocket = Protocol::from_static("websocket");
+    request.extensions_mut().insert(websocket);
+    for name in [CONNECTION, UPGRADE, SEC_WEBSOCKET_KEY] {
+        request.headers_mut().remove(name);
+    }
 }
 
 fn target(uri: &Uri) -> PathAndQuery {
@@ -84,7 +97,11 @@ mod tests {
     fn what_is_done_for_one_version_is_undone_for_the_other() {
         let mut request = request(Empty::<Bytes>::new());
         for _ in 0..2 {
-            http2(&mut request, "127.0.0.1:1", true, true);
+            let needs = Needs {
+                trailers: true,
+                tunnel: false,
+            };
+            http2(&mut request, "127.0.0.1:1", true, needs);
             assert_eq!(request.uri(), "https://shop.example.com:8080/path?query");
             assert_eq!(request.headers().len(), 1);
             assert_eq!(request.headers()[TE], "trailers");
@@ -101,7 +118,7 @@ mod tests {
         let mut request = request(body);
         http1(&mut request);
         assert_eq!(request.headers()[TRANSFER_ENCODING], "chunked");
-        http2(&mut request, "127.0.0.1:1", false, false);
+        http2(&mut request, "127.0.0.1:1", false, Needs::default());
         assert!(!request.headers().contains_key(TRANSFER_ENCODING));
         assert_eq!(request.uri().scheme(), Some(&Scheme::HTTP));
     }
@@ -109,7 +126,7 @@ mod tests {
     #[test]
     fn a_host_that_there_is_not_is_that_of_the_endpoint() {
         let mut request = Request::get("/").body(Empty::<Bytes>::new()).unwrap();
-        http2(&mut request, "127.0.0.1:9001", false, false);
+        http2(&mut request, "127.0.0.1:9001", false, Needs::default());
         assert_eq!(request.uri(), "http://127.0.0.1:9001/");
     }
 }

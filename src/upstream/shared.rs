@@ -31,6 +31,9 @@ pub(super) struct Shared<B> {
 pub(super) trait Peer: fmt::Debug {
     /// The most requests at a time.
     fn max_requests(&self) -> usize;
+
+    /// Whether it takes an extended CONNECT (RFC 8441 section 3).
+    fn takes_tunnels(&self) -> bool;
 }
 
 /// A place on a shared connection, until it is dropped.
@@ -92,6 +95,10 @@ where
 // === impl Claim ===
 
 impl<B> Claim<B> {
+    pub(super) fn takes_tunnels(&self) -> bool {
+        self.0.peer.takes_tunnels()
+    }
+
     pub(super) fn sender(&self) -> SendRequest<B> {
         self.0.sender.clone()
     }
@@ -129,6 +136,7 @@ impl Opening {
             SendError::Exchange(error) => {
                 Failure::Connect(io::ErrorKind::Other, None, error.to_string())
             }
+            SendError::NoTunnel => return,
         };
         *self.failure.borrow_mut() = Some(failure);
     }

@@ -19,5 +19,6 @@ mod shutdown;
 mod split;
 mod support;
 mod tls;
+mod tunnels;
 mod upstream_http2;
 mod upstream_tls;

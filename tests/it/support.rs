@@ -4,6 +4,7 @@ pub(crate) mod client;
 pub(crate) mod grpc;
 pub(crate) mod tls;
 pub(crate) mod upstream;
+pub(crate) mod websocket;
 
 use std::fs;
 use std::net::SocketAddr;

@@ -11,6 +11,7 @@ use crate::routing::table::RouteMatch;
 
 use super::{Checker, Names};
 
+const TUNNEL_IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 const BACKEND_REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl Checker<'_> {
@@ -42,6 +43,11 @@ impl Checker<'_> {
             BACKEND_REQUEST_TIMEOUT,
             &timeouts.key("backendRequest"),
         );
+        let tunnel_idle = self.duration(
+            route.timeouts.tunnel_idle.as_deref(),
+            TUNNEL_IDLE_TIMEOUT,
+            &timeouts.key("tunnelIdle"),
+        );
         let limit = |duration: Duration| Some(duration).filter(|duration| !duration.is_zero());
         Some(Route {
             name: name?,
@@ -50,6 +56,7 @@ impl Checker<'_> {
             targets: targets?,
             request_timeout: limit(request?),
             backend_timeout: limit(backend_request?),
+            tunnel_idle: limit(tunnel_idle?),
             gray: gray?,
             expose_version: route.expose_version,
         })
