@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
+use crate::proxy_protocol::Version;
 use crate::tls::client::ClientTls;
 
 /// One version of a service.
@@ -44,6 +45,9 @@ pub struct Transport {
     pub tls: Option<ClientTls>,
     /// How HTTP/2 is spoken.
     pub http2: Http2Policy,
+    /// In which version of the PROXY protocol they are told who the client is; connections then are
+    /// for one request.
+    pub proxy_protocol: Option<Version>,
     /// Tells these settings from others: connections that were made with those are used no more.
     pub fingerprint: u64,
 }
@@ -163,6 +167,7 @@ impl Default for Transport {
             protocol: UpstreamProtocol::Http1,
             tls: None,
             http2: Http2Policy::default(),
+            proxy_protocol: None,
             fingerprint: 0,
         }
     }

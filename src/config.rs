@@ -17,7 +17,7 @@ pub mod problem;
 pub mod value;
 pub mod watch;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +26,7 @@ use http::header::HeaderName;
 use ipnet::IpNet;
 
 use crate::backend::{ConnectionPolicy, HeaderEdits, Transport};
+use crate::filter::Filters;
 use crate::routing::gray::WithoutIdentity;
 use crate::routing::identity::IdentitySource;
 use crate::routing::matcher::Condition;
@@ -70,6 +71,10 @@ pub struct Listener {
     pub address: SocketAddr,
     /// Who is believed about the client.
     pub trusted_proxies: Arc<[IpNet]>,
+    /// How many proxies append to X-Forwarded-For, where that is known.
+    pub trusted_hops: Option<usize>,
+    /// Whether connections of those who are believed begin with a PROXY header.
+    pub proxy_protocol: bool,
     /// What TLS connections are accepted with; `None` without TLS.
     pub tls: Option<tls::server::Settings>,
     /// How long clients may take.
@@ -78,6 +83,17 @@ pub struct Listener {
     pub limits: ListenerLimits,
     /// How HTTP/2 is spoken.
     pub http2: ListenerHttp2,
+}
+
+// === impl Listener ===
+
+impl Listener {
+    /// True for the address of somebody who is believed about the client.
+    pub fn trusts(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        let mut proxies = self.trusted_proxies.iter();
+        proxies.any(|network| network.contains(&address))
+    }
 }
 
 /// How long clients of a listener may take.
@@ -183,8 +199,14 @@ pub struct Route {
     pub hostnames: Vec<Hostname>,
     /// What it takes of them; never empty.
     pub matches: Vec<RouteMatch>,
-    /// What it splits among; never empty, the first is the baseline.
+    /// What it splits among, the first is the baseline; empty only for a redirect.
     pub targets: Vec<RouteTarget>,
+    /// What becomes of its requests and responses.
+    pub filters: Arc<Filters>,
+    /// Whether a path may have escaped slashes.
+    pub keeps_escaped_slashes: bool,
+    /// The most bytes of a request body, where it says so itself.
+    pub body_limit: Option<u64>,
     /// The limit of a whole exchange.
     pub request_timeout: Option<Duration>,
     /// The limit of waiting for the head of a response.

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::proxy::error::ProxyError;
 use crate::proxy::headers::{Survey, refuse_ambiguous};
-use crate::proxy::origin::{head, host};
+use crate::proxy::origin::{canonical_target, head, host};
 use crate::routing::identity::IdentitySource;
 use crate::routing::split::Ratio;
 use crate::routing::{BASELINE, Reason, Target};
@@ -33,6 +33,9 @@ pub struct Explanation {
     pub route: Option<String>,
     /// The reply with which the proxy refuses it, instead of sending it on.
     pub refused: Option<String>,
+    /// The status with which the client is sent elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub redirected: Option<String>,
     /// Who the user is.
     pub identity: Option<ExplainedIdentity>,
     /// Who gets it, and why.
@@ -135,7 +138,7 @@ impl Question {
     pub fn set_user(&mut self, snapshot: &Snapshot, user: &str) -> Result<(), String> {
         let host = host(&self.parts, Survey::of(&self.parts.headers))
             .map_err(|error| error.words().to_owned())?;
-        let route = snapshot
+        let (route, _) = snapshot
             .find(&head(&self.parts, &host, self.client))
             .ok_or("no route takes this request")?;
         let source = route.gray.identity.iter().find(|source| {
@@ -186,25 +189,33 @@ pub fn explain(
     dice: &mut dyn FnMut() -> u64,
 ) -> Explanation {
     let revision = snapshot.revision.0;
-    let headers = &question.parts.headers;
-    let survey = Survey::of(headers);
-    let host = match host(&question.parts, survey) {
+    let mut parts = question.parts.clone();
+    let survey = Survey::of(&parts.headers);
+    let has_escaped_slash = match canonical_target(&mut parts) {
+        Ok(has_escaped_slash) => has_escaped_slash,
+        Err(error) => return Explanation::refused(None, &error, revision),
+    };
+    let headers = &parts.headers;
+    let host = match host(&parts, survey) {
         Ok(host) => host,
         Err(error) => return Explanation::refused(None, &error, revision),
     };
-    let head = head(&question.parts, &host, question.client);
-    let Some(route) = snapshot.find(&head) else {
-        return Explanation {
-            route: None,
-            refused: None,
-            identity: None,
-            decision: None,
-            backends: Vec::new(),
-            revision,
-        };
+    let head = head(&parts, &host, question.client);
+    let Some((route, _)) = snapshot.find(&head) else {
+        return Explanation::without_decision(None, revision);
     };
     if let Err(error) = refuse_ambiguous(headers, survey, &route.guarded_headers) {
         return Explanation::refused(Some(route), &error, revision);
+    }
+    if has_escaped_slash && !route.keeps_escaped_slashes {
+        let error = ProxyError::BadRequest("the path has an escaped slash");
+        return Explanation::refused(Some(route), &error, revision);
+    }
+    if let Some(redirect) = &route.filters.redirect {
+        return Explanation {
+            redirected: Some(redirect.status.to_string()),
+            ..Explanation::without_decision(Some(route), revision)
+        };
     }
     let decided = route.gray.decide(&head, question.trusted, dice);
     let wanted = decided.target;
@@ -233,6 +244,7 @@ pub fn explain(
     Explanation {
         route: Some(route.name.to_string()),
         refused: None,
+        redirected: None,
         backends: explain_backends(route, user),
         identity,
         decision: Some(decision),
@@ -243,8 +255,16 @@ pub fn explain(
 impl Explanation {
     fn refused(route: Option<&Route>, error: &ProxyError, revision: u64) -> Self {
         Self {
-            route: route.map(|route| route.name.to_string()),
             refused: Some(format!("{}: {}", error.status(), error.words())),
+            ..Self::without_decision(route, revision)
+        }
+    }
+
+    fn without_decision(route: Option<&Route>, revision: u64) -> Self {
+        Self {
+            route: route.map(|route| route.name.to_string()),
+            refused: None,
+            redirected: None,
             identity: None,
             decision: None,
             backends: Vec::new(),
@@ -285,6 +305,9 @@ impl fmt::Display for Explanation {
             return writeln!(f, "route      none: the reply is 404");
         };
         writeln!(f, "route      {route}")?;
+        if let Some(status) = &self.redirected {
+            return writeln!(f, "redirected {status}");
+        }
         match &self.identity {
             Some(identity) => writeln!(f, "identity   {} ({})", identity.value, identity.source)?,
             None => writeln!(f, "identity   none")?,

@@ -7,7 +7,8 @@
 //!
 //! * [`proxy`]: one request's way, on one screen;
 //! * [`routing`]: which route, which backend, and why; pure;
-//! * [`backend`], [`upstream`], [`stream`], [`tls`]: the pool of one version, and the connections to it;
+//! * [`filter`]: redirects, rewrites and CORS, as the Gateway API has them; pure;
+//! * [`backend`], [`upstream`], [`stream`], [`tls`], [`proxy_protocol`]: the pool of one version, and the connections to it;
 //! * [`config`]: from the file's text to a configuration that cannot be wrong;
 //! * [`snapshot`], [`control`]: what requests are served by, and the only place that replaces it;
 //! * [`server`], [`admin`]: where clients and operators come in;
@@ -24,7 +25,9 @@ pub mod config;
 pub mod control;
 pub mod demo;
 pub mod explain;
+pub mod filter;
 pub mod proxy;
+pub mod proxy_protocol;
 pub mod routing;
 pub mod server;
 pub mod snapshot;

@@ -24,12 +24,15 @@ use std::sync::Arc;
 use std::task::{Poll, ready};
 use std::time::Duration;
 
+use http::header::{HeaderMap, HeaderValue};
 use http::request::Parts;
-use http::{HeaderValue, Method, Request, Response, StatusCode, Version};
+use http::{Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body, Incoming};
 use tokio::time::Instant;
 
 use crate::backend::{Endpoint, Lease};
+use crate::filter::cors::Grant;
+use crate::filter::redirect::Asked;
 use crate::routing::Decision;
 use crate::snapshot::{Reader, Route, RouteTarget, Snapshot};
 use crate::telemetry::metrics::WorkerMetrics;
@@ -101,6 +104,16 @@ struct Verdict {
     set_cookie: Option<HeaderValue>,
     /// How it was decided, for those who may know.
     debug: Option<HeaderValue>,
+    /// What the page that asked may know.
+    cors: Option<Grant>,
+}
+
+/// Why a request is not sent on.
+enum Instead {
+    /// Something is wrong.
+    Error(ProxyError),
+    /// Its route answers it.
+    Response(Response<()>),
 }
 
 // === impl Proxy ===
@@ -157,7 +170,8 @@ impl Proxy {
         async move {
             let outcome = match self.route(&snapshot, peer, &mut exchange, request) {
                 Ok(routed) => self.forward(routed, &mut exchange).await,
-                Err(error) => Err(error),
+                Err(Instead::Error(error)) => Err(error),
+                Err(Instead::Response(response)) => return response.map(|()| ReplyBody::empty()),
             };
             match outcome {
                 Ok(answer) => answer.into_response(exchange),
@@ -177,7 +191,7 @@ impl Proxy {
         peer: &Peer,
         exchange: &mut Exchange,
         request: Request<Incoming>,
-    ) -> Result<Routed<'s>, ProxyError> {
+    ) -> Result<Routed<'s>, Instead> {
         let (mut parts, body) = request.into_parts();
         let origin = Origin::new(snapshot, peer, &parts.headers);
         exchange.came_from(&origin);
@@ -191,34 +205,43 @@ impl Proxy {
         if survey.has(Survey::VIA) {
             self.via.refuse_loop(&parts.headers)?;
         }
+        let has_escaped_slash = origin::canonical_target(&mut parts)?;
         let wish = self.wish(&mut parts, survey, &body);
         let host = origin::host(&parts, survey)?;
         let head = origin::head(&parts, &host, origin.client);
 
-        let route = snapshot.find(&head).ok_or(ProxyError::NoRoute)?;
+        let (route, matched) = snapshot.find(&head).ok_or(ProxyError::NoRoute)?;
+        if has_escaped_slash && !route.keeps_escaped_slashes {
+            return Err(ProxyError::BadRequest("the path has an escaped slash").into());
+        }
+        if let Some(response) = route.answer(&parts, &host, matched, &origin) {
+            exchange.answered_by_route(route, response.status());
+            return Err(Instead::Response(response));
+        }
         let refusal = || ProxyError::TransferCoding;
         headers::refuse_transfer_coding(&parts.headers, survey, refusal)?;
         headers::refuse_ambiguous(&parts.headers, survey, &route.guarded_headers)?;
         let decision = route.decide(&head, origin.trusted, &mut || self.roll());
         let target = &route.targets[decision.target];
         exchange.decided(route, &decision);
-        let verdict = Verdict::new(&decision, route, &origin, snapshot);
+        let verdict = Verdict::new(&decision, route, &origin, &parts.headers, snapshot);
 
         let backend = &target.backend;
         let endpoint = backend.choose(self.roll()).ok_or(ProxyError::NoEndpoint)?;
-        let limit = origin
-            .listener
-            .and_then(|listener| listener.limits.request_body);
+        let limit = route.body_limit.or(origin.body_limit());
         if limit.is_some_and(|limit| body.size_hint().lower() > limit) {
-            return Err(ProxyError::BodyTooLarge);
+            return Err(ProxyError::BodyTooLarge.into());
         }
         let patience = is_call.then(|| grpc::timeout(&parts.headers));
         self.via.append(&mut parts.headers, parts.version);
         let needs = Needs {
             trailers: survey.has(Survey::TE) && headers::accepts_trailers(&parts.headers),
             tunnel: wish.is_some(),
+            client: backend.transport.proxy_protocol.map(|_| origin.ends()),
         };
-        headers::prepare_request(&mut parts, survey, route, backend, endpoint, &origin);
+        headers::prepare_request(&mut parts, survey, route, endpoint, &origin);
+        headers::rewrite(&mut parts, route, matched);
+        backend.request_headers.apply(&mut parts.headers);
         if let Some(wish) = &wish {
             wish.ask(&mut parts.headers);
         }
@@ -357,6 +380,42 @@ impl Answer {
     }
 }
 
+// === impl Route ===
+
+impl Route {
+    /// The response to a request that it does not send on.
+    fn answer(
+        &self,
+        parts: &Parts,
+        host: &str,
+        matched: usize,
+        origin: &Origin<'_>,
+    ) -> Option<Response<()>> {
+        if let Some(cors) = &self.filters.cors
+            && let Some(response) = cors.preflight(parts)
+        {
+            return Some(response);
+        }
+        let redirect = self.filters.redirect.as_ref()?;
+        Some(redirect.response(&Asked {
+            scheme: origin.scheme(),
+            host,
+            port: origin.peer.listener.port(),
+            path: parts.uri.path(),
+            query: parts.uri.query(),
+            matched,
+        }))
+    }
+}
+
+// === impl Instead ===
+
+impl From<ProxyError> for Instead {
+    fn from(error: ProxyError) -> Self {
+        Self::Error(error)
+    }
+}
+
 // === impl Verdict ===
 
 impl Verdict {
@@ -364,13 +423,16 @@ impl Verdict {
         decision: &Decision<'_>,
         route: &Route,
         origin: &Origin<'_>,
+        headers: &HeaderMap,
         snapshot: &Snapshot,
     ) -> Self {
         let shown = route
             .debug_clients
             .iter()
             .any(|network| network.contains(&origin.client));
+        let cors = route.filters.cors.as_ref();
         Self {
+            cors: cors.map(|cors| cors.grant(headers)),
             set_cookie: decision
                 .issued_identity()
                 .and_then(headers::anonymous_cookie),

@@ -7,6 +7,7 @@
 pub mod gray;
 pub mod identity;
 pub mod matcher;
+pub mod path;
 pub mod request;
 pub mod split;
 pub mod table;

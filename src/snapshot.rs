@@ -20,6 +20,7 @@ use tokio::sync::watch;
 
 use crate::backend::{Backend, ConnectionPolicy, EndpointId, Endpoints};
 use crate::config::{self, Config};
+use crate::filter::Filters;
 use crate::routing::gray::{Dice, Override, Rule, Step};
 use crate::routing::split::Split;
 use crate::routing::{BASELINE, Decision, Gray, Reason, RequestHead, RouteTable, UserList};
@@ -73,8 +74,16 @@ pub struct Living {
 pub struct Route {
     /// Its name.
     pub name: Arc<str>,
-    /// Its backends; never empty, the first is the baseline.
+    /// Its backends, the first is the baseline; empty only for a redirect.
     pub targets: Vec<RouteTarget>,
+    /// What becomes of its requests and responses.
+    pub filters: Arc<Filters>,
+    /// Whether a path may have escaped slashes.
+    pub keeps_escaped_slashes: bool,
+    /// The most bytes of a request body, where it says so itself.
+    pub body_limit: Option<u64>,
+    /// What requests are counted under that it answers itself.
+    pub metrics: Arc<TargetMetrics>,
     /// Who gets which.
     pub gray: Gray,
     /// The limit of a whole exchange.
@@ -219,6 +228,10 @@ fn compile_route(
         unbelieved_headers: gray.unbelieved_headers(),
         gray,
         targets,
+        filters: Arc::clone(&route.filters),
+        keeps_escaped_slashes: route.keeps_escaped_slashes,
+        body_limit: route.body_limit,
+        metrics: metrics.route(&route.name),
         request_timeout: route.request_timeout,
         backend_timeout: route.backend_timeout,
         tunnel_idle: route.tunnel_idle,
@@ -313,9 +326,10 @@ fn vary(route: &config::Route, gray: &Gray) -> Option<HeaderValue> {
 // === impl Snapshot ===
 
 impl Snapshot {
-    /// The route that takes this request.
-    pub fn find(&self, head: &RequestHead<'_>) -> Option<&Arc<Route>> {
-        self.table.find(head).map(|index| &self.routes[index])
+    /// The route that takes this request, and how much of the path its match has taken, in bytes.
+    pub fn find(&self, head: &RequestHead<'_>) -> Option<(&Arc<Route>, usize)> {
+        let found = self.table.find(head)?;
+        Some((&self.routes[found.route], found.matched))
     }
 
     /// The listener that is bound to this address; `None` once it is gone.

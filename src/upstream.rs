@@ -11,6 +11,7 @@ mod shape;
 mod shared;
 
 use std::cell::RefCell;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -83,6 +84,9 @@ pub struct Needs {
     pub trailers: bool,
     /// It asks for a tunnel.
     pub tunnel: bool,
+    /// Who the client is and where it has connected to, for endpoints that want to be told so for
+    /// the whole connection.
+    pub client: Option<(SocketAddr, SocketAddr)>,
 }
 
 /// How long a request may go on when its response has ended: so that a client which is sent an early
@@ -95,7 +99,8 @@ const REQUEST_LINGER: Duration = Duration::from_secs(5);
 pub struct Loan<B> {
     pools: Rc<Pools<B>>,
     endpoint: EndpointId,
-    fingerprint: u64,
+    /// With which settings it was made; `None` for a connection that is not used again.
+    fingerprint: Option<u64>,
     connection: Connection<B>,
 }
 
@@ -256,7 +261,8 @@ where
                 }
             }
         };
-        let (endpoint, fingerprint) = (to.endpoint.id, to.backend.transport.fingerprint);
+        let endpoint = to.endpoint.id;
+        let fingerprint = to.is_pooled().then_some(to.backend.transport.fingerprint);
         async move {
             match sent.await {
                 Ok(response) => Ok((
@@ -278,6 +284,9 @@ where
 
     /// A connection that stands and has room.
     fn take(&self, to: To<'_>) -> Option<Connection<B>> {
+        if !to.is_pooled() {
+            return None;
+        }
         let mut pools = self.pools.borrow_mut();
         let pool = pools.get_mut(&to.endpoint.id)?;
         pool.keep_to(to.backend);
@@ -303,7 +312,7 @@ where
 
     async fn connect(self: &Rc<Self>, to: To<'_>) -> Result<Connection<B>, SendError> {
         let (level, opening) = self.begin_opening(to);
-        let connected = connect(to.backend, to.endpoint, to.needs_http1(), level.up()).await;
+        let connected = connect(&to, level.up()).await;
         if let (Some(opening), Err(error)) = (&opening, &connected) {
             opening.opening.fail(error);
         }
@@ -311,7 +320,9 @@ where
             Connected::Http1(dedicated) => Ok(Connection::Http1(dedicated)),
             Connected::Http2(shared) => {
                 let claim = shared.claim();
-                if let Some(pool) = self.pools.borrow_mut().get_mut(&to.endpoint.id) {
+                if to.is_pooled()
+                    && let Some(pool) = self.pools.borrow_mut().get_mut(&to.endpoint.id)
+                {
                     pool.shared.push(shared);
                 }
                 // It has just been made.
@@ -342,7 +353,7 @@ where
             // Most likely it will agree on what it has agreed on before.
             UpstreamProtocol::Negotiated => !pool.shared.is_empty(),
         };
-        let opener = (is_shared && !to.needs_http1()).then(|| {
+        let opener = (is_shared && to.is_pooled() && !to.needs_http1()).then(|| {
             let opening = Rc::new(Opening::default());
             pool.opening = Some(Rc::clone(&opening));
             Opener {
@@ -376,6 +387,11 @@ impl To<'_> {
     /// HTTP/1.1, and few have them in HTTP/2.
     fn needs_http1(&self) -> bool {
         self.needs.tunnel && self.backend.transport.protocol != UpstreamProtocol::Http2
+    }
+
+    /// False where a connection is told who its client is, and so is for that one alone.
+    fn is_pooled(&self) -> bool {
+        self.backend.transport.proxy_protocol.is_none()
     }
 }
 
@@ -427,6 +443,9 @@ where
             connection,
         } = self;
         let Connection::Http1(mut connection) = connection else {
+            return;
+        };
+        let Some(fingerprint) = fingerprint else {
             return;
         };
         if connection.sender.is_ready() {

@@ -77,7 +77,7 @@ pub struct UserListView {
 #[serde(rename_all = "camelCase")]
 pub struct RouteView {
     name: String,
-    baseline: String,
+    baseline: Option<String>,
     backends: Vec<RouteBackendView>,
     identity: Vec<String>,
 }
@@ -251,7 +251,10 @@ impl RouteView {
             .zip(split.shares());
         Self {
             name: route.name.to_string(),
-            baseline: route.targets[BASELINE].backend.name.to_string(),
+            baseline: route
+                .targets
+                .get(BASELINE)
+                .map(|baseline| baseline.backend.name.to_string()),
             identity: route
                 .gray
                 .identity

@@ -4,6 +4,7 @@
 //! Pure: files that the configuration names (keys) are read through a function that is handed in.
 
 mod backend;
+mod filters;
 mod gray;
 mod listener;
 mod route;

@@ -60,6 +60,15 @@ pub struct Listener {
     /// routes with `identityFrom: trusted`, about who the user is.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trusted_proxies: Vec<String>,
+    /// How many proxies in front of Serin append to X-Forwarded-For: the client is that many entries
+    /// from its right end (default: the first from the right that is not in `trustedProxies`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100))]
+    pub trusted_hops: Option<u32>,
+    /// Connections from `trustedProxies` begin with a header of the PROXY protocol, version 1 or 2,
+    /// that says who the client is; others may not have one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub proxy_protocol: bool,
     /// Accepts TLS connections only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<ListenerTls>,
@@ -331,6 +340,10 @@ pub struct Backend {
     /// Connects to its endpoints with TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<BackendTls>,
+    /// Says who the client is at the beginning of each connection, which then is for one request
+    /// (default: it does not).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<ProxyProtocolVersion>,
     /// How long its endpoints may take.
     #[serde(default)]
     pub timeouts: BackendTimeouts,
@@ -354,6 +367,16 @@ pub enum BackendProtocol {
     H2c,
     /// What the endpoint agrees on by ALPN; needs `tls`.
     Auto,
+}
+
+/// A version of the PROXY protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum ProxyProtocolVersion {
+    /// A line of text.
+    V1,
+    /// Bytes.
+    V2,
 }
 
 /// What endpoints are connected to with.
@@ -491,8 +514,19 @@ pub struct Route {
     /// Requests it takes; one of them must hold. None means all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub matches: Vec<RouteMatch>,
-    /// The versions it splits among; the first is the baseline.
+    /// The versions it splits among; the first is the baseline. Only a redirect needs none.
+    #[serde(default)]
     pub backend_refs: Vec<BackendRef>,
+    /// What becomes of its requests and responses, as in the Gateway API.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub filters: Vec<Filter>,
+    /// Paths with an escaped slash (`%2F`), which some servers take for a slash and others do not
+    /// (default `refuse`: 400).
+    #[serde(default)]
+    pub escaped_slashes: EscapedSlashes,
+    /// How much its clients may send.
+    #[serde(default)]
+    pub limits: RouteLimits,
     /// How long an exchange may take.
     #[serde(default)]
     pub timeouts: RouteTimeouts,
@@ -502,6 +536,186 @@ pub struct Route {
     /// Sends `X-Service-Version` with the response.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub expose_version: bool,
+}
+
+/// What becomes of paths with an escaped slash.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum EscapedSlashes {
+    /// They get 400.
+    #[default]
+    Refuse,
+    /// They are sent on as they are; the endpoint must not take them for slashes.
+    Keep,
+}
+
+/// How much clients of a route may send.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RouteLimits {
+    /// The bytes of a request body (default: what the listener says); more get 413.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_body: Option<Size>,
+}
+
+/// What becomes of the requests and responses of a route: exactly one of these.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Filter {
+    /// Which one, as the Gateway API writes beside it (default: the one that is there).
+    #[serde(rename = "type", default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<FilterType>,
+    /// Changes to the head of the request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_header_modifier: Option<HeaderModifier>,
+    /// Changes to the head of the response.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response_header_modifier: Option<HeaderModifier>,
+    /// Another host or path for the endpoint.
+    #[serde(
+        rename = "urlRewrite",
+        default,
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub url_rewrite: Option<UrlRewrite>,
+    /// Sends the client elsewhere; the route then needs no backend.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_redirect: Option<RequestRedirect>,
+    /// Which pages of other origins may read responses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cors: Option<Cors>,
+}
+
+/// The filters that there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum FilterType {
+    /// `requestHeaderModifier`.
+    RequestHeaderModifier,
+    /// `responseHeaderModifier`.
+    ResponseHeaderModifier,
+    /// `urlRewrite`.
+    #[serde(rename = "URLRewrite")]
+    UrlRewrite,
+    /// `requestRedirect`.
+    RequestRedirect,
+    /// `cors`.
+    #[serde(rename = "CORS")]
+    Cors,
+}
+
+/// Changes to a header section: first `remove`, then `set`, then `add`.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HeaderModifier {
+    /// Gives these headers exactly this value.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub set: Vec<NamedValue>,
+    /// Adds these beside what is there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub add: Vec<NamedValue>,
+    /// Takes these away.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remove: Vec<String>,
+}
+
+/// A header and its value.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NamedValue {
+    /// Which one.
+    pub name: String,
+    /// What it says.
+    pub value: String,
+}
+
+/// Another host or path for the endpoint.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct UrlRewrite {
+    /// The host that the endpoint is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// The path that the endpoint is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathModifier>,
+}
+
+/// Sends the client elsewhere; what is not said stays as in the request.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RequestRedirect {
+    /// The scheme.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scheme: Option<Scheme>,
+    /// The host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<String>,
+    /// The path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathModifier>,
+    /// The port (default: that of `scheme`, or else that of the listener).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// The status: 301, 302 (default), 303, 307 or 308.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status_code: Option<u16>,
+}
+
+/// The scheme of a URL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Scheme {
+    /// Without TLS.
+    Http,
+    /// With TLS.
+    Https,
+}
+
+/// Another path: exactly one of these.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PathModifier {
+    /// Which one (default: the one that is there).
+    #[serde(rename = "type", default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<PathModifierType>,
+    /// Replaces the whole path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replace_full_path: Option<String>,
+    /// Replaces the prefix by which the route was found; all its matches must be `PathPrefix`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replace_prefix_match: Option<String>,
+}
+
+/// How a path is replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum PathModifierType {
+    /// `replaceFullPath`.
+    ReplaceFullPath,
+    /// `replacePrefixMatch`.
+    ReplacePrefixMatch,
+}
+
+/// Which pages of other origins may read responses. Preflights are answered by Serin.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Cors {
+    /// Origins such as `https://shop.example.com`, `https://*.example.com`, or `*` for every one.
+    pub allow_origins: Vec<String>,
+    /// Whether pages may send cookies and the like (default false).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_credentials: bool,
+    /// Methods that preflights are told (default: the one that is asked for).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_methods: Vec<String>,
+    /// Request headers that preflights are told (default: those that are asked for).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_headers: Vec<String>,
+    /// Response headers that pages may read (default: those that every page may).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub expose_headers: Vec<String>,
+    /// How many seconds a preflight holds (default 5).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_age: Option<u32>,
 }
 
 /// Conditions that must all hold.

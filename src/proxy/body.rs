@@ -359,6 +359,11 @@ impl Progress {
 // === impl ReplyBody ===
 
 impl ReplyBody {
+    /// A reply of our own without a body.
+    pub fn empty() -> Self {
+        Self::local(String::new())
+    }
+
     /// A reply of our own.
     pub fn local(text: String) -> Self {
         Self::Local(Full::new(Bytes::from(text)))

@@ -38,12 +38,10 @@ pub struct Exchange {
     status: Option<StatusCode>,
     /// The request's own body, which may still be on its way.
     request_body: Option<Progress>,
-    /// How much came through a tunnel from the client.
-    bytes_in: u64,
     /// How much of the response's body the client was sent.
     bytes_out: u64,
-    /// How long it took until it became a tunnel.
-    until_tunnel: Option<Duration>,
+    /// What it was when it became a tunnel; boxed, since few do.
+    tunnel: Option<Box<Tunnelled>>,
     /// The response is whole.
     ended: bool,
     /// How it ends, if it is a call of gRPC.
@@ -52,6 +50,15 @@ pub struct Exchange {
     has_failed: bool,
     /// Its line in the access log, if there is one; boxed, since an exchange is moved a few times.
     entry: Option<Box<Entry>>,
+}
+
+/// A request that has become a tunnel.
+#[derive(Debug)]
+struct Tunnelled {
+    /// After how long.
+    after: Duration,
+    /// How much has come from the client since.
+    bytes_in: u64,
 }
 
 /// Whether a request is a call of gRPC, and how that has ended.
@@ -92,9 +99,8 @@ impl Exchange {
             target: None,
             status: None,
             request_body: None,
-            bytes_in: 0,
             bytes_out: 0,
-            until_tunnel: None,
+            tunnel: None,
             ended: false,
             grpc: Grpc::No,
             has_failed: false,
@@ -191,7 +197,10 @@ impl Exchange {
     /// From now on it is a tunnel. Its latency ends here, or tunnels that stand for hours would say
     /// that a version is slow.
     pub fn becomes_tunnel(&mut self) {
-        self.until_tunnel = Some(self.started.elapsed());
+        self.tunnel = Some(Box::new(Tunnelled {
+            after: self.started.elapsed(),
+            bytes_in: 0,
+        }));
         if let Some(target) = &self.target {
             target.tunnels().rise();
         }
@@ -199,7 +208,9 @@ impl Exchange {
 
     /// So much has come through the tunnel from the client and from the endpoint.
     pub fn tunnelled(&mut self, from_client: u64, from_endpoint: u64) {
-        self.bytes_in += from_client;
+        if let Some(tunnel) = &mut self.tunnel {
+            tunnel.bytes_in += from_client;
+        }
         self.bytes_out += from_endpoint;
     }
 
@@ -211,6 +222,17 @@ impl Exchange {
     /// The response has come to its end.
     pub fn ended(&mut self) {
         self.ended = true;
+    }
+
+    /// The route answers it itself.
+    pub fn answered_by_route(&mut self, route: &Route, status: StatusCode) {
+        route.metrics.in_flight().rise();
+        self.target = Some(Arc::clone(&route.metrics));
+        self.status = Some(status);
+        self.ended();
+        if let Some(entry) = &mut self.entry {
+            entry.text("route", &route.name);
+        }
     }
 
     /// The client is sent a reply of our own with a body of so many bytes, because of this error.
@@ -279,7 +301,7 @@ impl Drop for Exchange {
             self.method,
             status,
             self.protocol,
-            self.until_tunnel.unwrap_or(duration),
+            self.tunnel.as_ref().map_or(duration, |tunnel| tunnel.after),
         );
         let grpc = self.grpc_status(status);
         if let Some(grpc) = grpc {
@@ -291,7 +313,7 @@ impl Drop for Exchange {
         }
         if let Some(target) = &self.target {
             target.in_flight().fall();
-            if self.until_tunnel.is_some() {
+            if self.tunnel.is_some() {
                 target.tunnels().fall();
             }
         }
@@ -303,7 +325,7 @@ impl Drop for Exchange {
                 entry.error.get_or_insert(CLIENT_GONE);
             }
             let body = self.request_body.as_ref().map_or(0, Progress::bytes);
-            let bytes_in = body + self.bytes_in;
+            let bytes_in = body + self.tunnel.as_ref().map_or(0, |tunnel| tunnel.bytes_in);
             entry.end(status, duration, bytes_in, self.bytes_out);
         }
     }

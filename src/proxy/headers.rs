@@ -8,7 +8,7 @@ use http::header::{
 };
 use http::request::Parts;
 
-use crate::backend::{Backend, Endpoint};
+use crate::backend::Endpoint;
 use crate::config;
 use crate::routing::identity::ANONYMOUS_COOKIE;
 use crate::routing::request::text;
@@ -17,7 +17,7 @@ use crate::snapshot::{Route, RouteTarget, Snapshot};
 
 use super::Verdict;
 use super::error::ProxyError;
-use super::origin::{Origin, X_FORWARDED_FOR};
+use super::origin::{Origin, X_FORWARDED_FOR, with_path};
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -228,7 +228,6 @@ pub fn prepare_request(
     parts: &mut Parts,
     survey: Survey,
     route: &Route,
-    backend: &Backend,
     endpoint: &Endpoint,
     origin: &Origin<'_>,
 ) {
@@ -267,9 +266,24 @@ pub fn prepare_request(
         // HTTP/1.0 does without Host, the endpoint's HTTP/1.1 does not.
         set_host(headers, &host);
     }
-    backend.request_headers.apply(headers);
     if parts.uri.authority().is_some() {
         parts.uri = origin_form(&parts.uri);
+    }
+}
+
+/// Changes the request as the filters of its route say; the match has taken the first `matched`
+/// bytes of its path.
+pub fn rewrite(parts: &mut Parts, route: &Route, matched: usize) {
+    let filters = &route.filters;
+    filters.request_headers.apply(&mut parts.headers);
+    if let Some(hostname) = &filters.hostname {
+        set_host(&mut parts.headers, hostname);
+    }
+    if let Some(path) = &filters.path {
+        let path = path.apply(parts.uri.path(), matched);
+        if let Some(uri) = with_path(&parts.uri, &path) {
+            parts.uri = uri;
+        }
     }
 }
 
@@ -291,6 +305,10 @@ pub(super) fn prepare_response(
         headers.remove(X_SERIN_DECISION);
     }
     target.backend.response_headers.apply(headers);
+    route.filters.response_headers.apply(headers);
+    if let Some(grant) = &verdict.cors {
+        grant.write(headers);
+    }
     if route.expose_version {
         headers.insert(X_SERVICE_VERSION, target.version.clone());
     }

@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use http::header::{HOST, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
-use http::uri::Authority;
+use http::uri::{Authority, PathAndQuery};
 use http::{Method, Uri, Version};
 use rustls::{ProtocolVersion, ServerConnection};
 
 use crate::config;
 use crate::routing::RequestHead;
+use crate::routing::path::{Canonical, canonical};
 use crate::routing::request::text;
 use crate::snapshot::Snapshot;
 use crate::tls::{ALPN_HTTP2, certificate};
@@ -29,6 +30,8 @@ pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for
 pub struct Peer {
     /// The address of the listener that it came through.
     pub listener: SocketAddr,
+    /// Our end.
+    pub local: SocketAddr,
     /// Its own address.
     pub address: SocketAddr,
     /// What is written of it into X-Forwarded-For; made once for all its requests.
@@ -71,16 +74,28 @@ pub struct Origin<'p> {
 impl Peer {
     /// The peer at `address`, whose connection came through the listener at `listener`.
     pub fn new(listener: SocketAddr, address: SocketAddr, guards: Guards) -> Self {
-        let shown = address.ip().to_canonical().to_string();
         Self {
             listener,
+            local: listener,
             address,
-            forwarded: HeaderValue::from_str(&shown)
-                .unwrap_or_else(|_| HeaderValue::from_static("unknown")),
+            forwarded: forwarded(address),
             tls: None,
             guards,
         }
     }
+}
+
+impl Peer {
+    /// What has connected speaks for this client, and says so for the whole connection.
+    pub fn speaks_for(&mut self, client: SocketAddr) {
+        self.address = client;
+        self.forwarded = forwarded(client);
+    }
+}
+
+fn forwarded(address: SocketAddr) -> HeaderValue {
+    let shown = address.ip().to_canonical().to_string();
+    HeaderValue::from_str(&shown).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
 }
 
 // === impl TlsSession ===
@@ -115,11 +130,8 @@ impl<'p> Origin<'p> {
         let address = peer.address.ip().to_canonical();
         let listener = snapshot.listener(peer.listener);
         let listener = listener.map(|listener| &listener.settings);
-        let proxies = listener
-            .map(|listener| &*listener.trusted_proxies)
-            .unwrap_or_default();
-        let is_proxy = |address: &IpAddr| proxies.iter().any(|network| network.contains(address));
-        if !is_proxy(&address) {
+        let is_proxy = |address| listener.is_some_and(|listener| listener.trusts(address));
+        if !is_proxy(address) {
             return Self {
                 peer,
                 listener,
@@ -127,16 +139,14 @@ impl<'p> Origin<'p> {
                 trusted: false,
             };
         }
-        let mut client = address;
-        for forwarded in forwarded_from_the_right(headers) {
-            match forwarded {
-                Some(address) => client = address,
-                None => break,
-            }
-            if !is_proxy(&client) {
-                break;
-            }
-        }
+        let forwarded = forwarded_from_the_right(headers).map_while(|address| address);
+        let hops = listener.and_then(|listener| listener.trusted_hops);
+        let client = match hops {
+            // The first of them is the peer itself, which has written the last entry.
+            Some(hops) => forwarded.take(hops).last(),
+            None => first_unknown(forwarded, is_proxy),
+        };
+        let client = client.unwrap_or(address);
         Self {
             peer,
             listener,
@@ -150,6 +160,18 @@ impl Origin<'_> {
     /// The longest gap in the body of a request.
     pub fn body_gap(&self) -> Option<Duration> {
         self.listener.map(|listener| listener.timeouts.request_body)
+    }
+
+    /// The most bytes of a request body.
+    pub fn body_limit(&self) -> Option<u64> {
+        self.listener?.limits.request_body
+    }
+
+    /// The client, and where it has connected to; its port only where it is the peer.
+    pub fn ends(&self) -> (SocketAddr, SocketAddr) {
+        let is_peer = self.client == self.peer.address.ip().to_canonical();
+        let port = if is_peer { self.peer.address.port() } else { 0 };
+        (SocketAddr::new(self.client, port), self.peer.local)
     }
 
     /// The scheme of the request as its client sees it.
@@ -184,6 +206,35 @@ pub fn head<'a>(parts: &'a Parts, host: &'a str, client: IpAddr) -> RequestHead<
         headers: &parts.headers,
         client,
     }
+}
+
+/// Brings the target of a request into the form that routes match and that is sent on, and tells
+/// whether its path has escaped slashes.
+///
+/// # Errors
+///
+/// [`ProxyError::BadRequest`] for a path that servers disagree about.
+pub fn canonical_target(parts: &mut Parts) -> Result<bool, ProxyError> {
+    let Canonical {
+        path,
+        has_escaped_slash,
+    } = canonical(parts.uri.path()).map_err(ProxyError::BadRequest)?;
+    if let Cow::Owned(path) = path {
+        let rewritten = with_path(&parts.uri, &path);
+        parts.uri = rewritten.ok_or(ProxyError::BadRequest("malformed request target"))?;
+    }
+    Ok(has_escaped_slash)
+}
+
+/// The same target with another path.
+pub fn with_path(uri: &Uri, path: &str) -> Option<Uri> {
+    let target = match uri.query() {
+        Some(query) => PathAndQuery::try_from(format!("{path}?{query}")),
+        None => PathAndQuery::try_from(path),
+    };
+    let mut parts = uri.clone().into_parts();
+    parts.path_and_query = Some(target.ok()?);
+    Uri::from_parts(parts).ok()
 }
 
 /// The host that a request is for, in lower case and without port (RFC 9112 section 3.2).
@@ -292,6 +343,21 @@ fn lower(host: &str) -> Cow<'_, str> {
     } else {
         Cow::Borrowed(host)
     }
+}
+
+/// The first address that is no proxy's; if all are, the last one.
+fn first_unknown(
+    addresses: impl Iterator<Item = IpAddr>,
+    is_proxy: impl Fn(IpAddr) -> bool,
+) -> Option<IpAddr> {
+    let mut last = None;
+    for address in addresses {
+        last = Some(address);
+        if !is_proxy(address) {
+            break;
+        }
+    }
+    last
 }
 
 /// The entries of X-Forwarded-For, last first; `None` for one that is no address.

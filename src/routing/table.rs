@@ -47,6 +47,15 @@ pub struct RouteMatch {
 /// The position of a route in the configuration.
 pub type RouteIndex = usize;
 
+/// The route of a request, and how it was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The route.
+    pub route: RouteIndex,
+    /// How much of the path its match has taken, in bytes: less than all of it with a prefix.
+    pub matched: usize,
+}
+
 /// Finds the route of a request.
 #[derive(Clone, Debug, Default)]
 pub struct RouteTable {
@@ -110,7 +119,7 @@ impl RouteTable {
     }
 
     /// The route that takes this request.
-    pub fn find(&self, head: &RequestHead<'_>) -> Option<RouteIndex> {
+    pub fn find(&self, head: &RequestHead<'_>) -> Option<Found> {
         self.exact
             .get(head.host)
             .and_then(|paths| paths.find(head))
@@ -118,7 +127,7 @@ impl RouteTable {
             .or_else(|| self.any.find(head))
     }
 
-    fn find_wildcard(&self, head: &RequestHead<'_>) -> Option<RouteIndex> {
+    fn find_wildcard(&self, head: &RequestHead<'_>) -> Option<Found> {
         if self.wildcard.is_empty() {
             return None;
         }
@@ -173,7 +182,11 @@ impl PathTable {
             .sort_by_key(|(regex, candidate)| (Reverse(regex.as_str().len()), candidate.rank));
     }
 
-    fn find(&self, head: &RequestHead<'_>) -> Option<RouteIndex> {
+    fn find(&self, head: &RequestHead<'_>) -> Option<Found> {
+        let whole = |route| Found {
+            route,
+            matched: head.path.len(),
+        };
         first(self.exact.get(head.path), head)
             .or_else(|| {
                 self.regex
@@ -181,18 +194,22 @@ impl PathTable {
                     .find(|(regex, candidate)| regex.is_match(head.path) && candidate.holds(head))
                     .map(|(_, candidate)| candidate.route)
             })
+            .map(whole)
             .or_else(|| self.find_prefix(head))
     }
 
     /// Tries the path itself and then each shorter run of whole elements, down to the empty prefix
     /// that takes all.
-    fn find_prefix(&self, head: &RequestHead<'_>) -> Option<RouteIndex> {
+    fn find_prefix(&self, head: &RequestHead<'_>) -> Option<Found> {
         let path = head.path;
         let whole = std::iter::once(path.len());
         whole
             .chain(path.rmatch_indices('/').map(|(slash, _)| slash))
             .filter(|end| *end <= self.longest_prefix)
-            .find_map(|end| first(self.prefix.get(&path[..end]), head))
+            .find_map(|matched| {
+                let route = first(self.prefix.get(&path[..matched]), head)?;
+                Some(Found { route, matched })
+            })
     }
 }
 

@@ -26,6 +26,7 @@ use crate::config::{self, ListenerHttp2, ListenerLimits};
 use crate::proxy::Proxy;
 use crate::proxy::origin::{Peer, TlsSession};
 use crate::proxy::timeouts::Timeout;
+use crate::proxy_protocol;
 use crate::snapshot::Listener;
 use crate::stream::Stream;
 use crate::tls::server::ServerTls;
@@ -107,8 +108,16 @@ async fn prepare(
     peer: &mut Peer,
     timeout: Timeout,
 ) -> io::Result<Ready> {
-    let stream = TcpStream::from_std(stream)?;
+    let mut stream = TcpStream::from_std(stream)?;
+    peer.local = stream.local_addr()?;
     let timeouts = &listener.settings.timeouts;
+    if listener.settings.proxy_protocol && listener.settings.trusts(peer.address.ip()) {
+        let header = proxy_protocol::receive(&mut stream);
+        let client = within(&timeout, timeouts.first_byte, header).await?;
+        if let Some(client) = client {
+            peer.speaks_for(client);
+        }
+    }
     let mut stream = match &listener.tls {
         None => Stream::plain(stream),
         Some(tls) => {

@@ -371,6 +371,16 @@ impl Metrics {
         })
     }
 
+    /// The handles for requests that a route answers itself.
+    pub fn route(&self, route: &Arc<str>) -> Arc<TargetMetrics> {
+        let none: Arc<str> = NONE.into();
+        self.target(&TargetLabels {
+            route: Arc::clone(route),
+            backend: Arc::clone(&none),
+            version: none,
+        })
+    }
+
     /// The handles of a backend on a route, the same ones for the same labels.
     pub fn target(&self, labels: &TargetLabels) -> Arc<TargetMetrics> {
         let mut targets = lock(&self.targets);

@@ -12,20 +12,22 @@ use hyper::body::Body;
 use hyper::client::conn::{http1, http2};
 use hyper::rt::Executor;
 use pin_project_lite::pin_project;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tracing::debug;
 
-use crate::backend::{Backend, Endpoint, UpstreamProtocol};
+use crate::backend::{Backend, UpstreamProtocol};
+use crate::proxy_protocol;
 use crate::stream::Stream;
 use crate::telemetry::metrics::Up;
 use crate::tls::ALPN_HTTP2;
 use crate::tls::client::ClientTls;
 
 use super::shared::{Peer, Shared};
-use super::{Dedicated, SendError};
+use super::{Dedicated, SendError, To};
 
 /// A connection that stands.
 pub(super) enum Connected<B> {
@@ -64,71 +66,52 @@ struct Driver<C>(RefCell<Option<Pin<Box<C>>>>);
 const UNKNOWN_LIMIT: usize = usize::MAX - 1;
 
 /// Connects to an endpoint; the connection counts as one of the backend's until it has ended.
-pub(super) async fn connect<B>(
-    backend: &Backend,
-    endpoint: &Endpoint,
-    http1_only: bool,
-    up: Up,
-) -> Result<Connected<B>, SendError>
+pub(super) async fn connect<B>(to: &To<'_>, up: Up) -> Result<Connected<B>, SendError>
 where
     B: Body + Unpin + 'static,
     B::Data: Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let connecting = async {
-        let dialled = dial(backend, endpoint, http1_only).await;
+        let dialled = dial(to).await;
         let (stream, speaks_http2) = dialled.map_err(SendError::Connect)?;
         if speaks_http2 {
-            Box::pin(handshake_http2(backend, stream, up)).await
+            Box::pin(handshake_http2(to.backend, stream, up)).await
         } else {
             handshake_http1(stream, up).await
         }
     };
-    timeout(backend.connections.connect_timeout, connecting)
+    timeout(to.backend.connections.connect_timeout, connecting)
         .await
         .unwrap_or(Err(SendError::ConnectTimeout))
 }
 
 /// Gives the connection, and whether HTTP/2 is spoken over it.
-async fn dial(
-    backend: &Backend,
-    endpoint: &Endpoint,
-    http1_only: bool,
-) -> io::Result<(Stream, bool)> {
-    let stream = TcpStream::connect(endpoint.address).await?;
+async fn dial(to: &To<'_>) -> io::Result<(Stream, bool)> {
+    let mut stream = TcpStream::connect(to.endpoint.address).await?;
     stream.set_nodelay(true)?;
-    let transport = &backend.transport;
+    let transport = &to.backend.transport;
+    if let (Some(version), Some((client, listener))) = (transport.proxy_protocol, to.needs.client) {
+        let header = proxy_protocol::header(version, client, listener)?;
+        stream.write_all(&header).await?;
+    }
     match &transport.tls {
         None => {
             let speaks_http2 = transport.protocol == UpstreamProtocol::Http2;
             Ok((Stream::plain(stream), speaks_http2))
         }
         // Boxed, since only few connections are made.
-        Some(tls) => {
-            Box::pin(dial_tls(
-                stream,
-                tls,
-                endpoint,
-                transport.protocol,
-                http1_only,
-            ))
-            .await
-        }
+        Some(tls) => Box::pin(dial_tls(stream, tls, to)).await,
     }
 }
 
-async fn dial_tls(
-    stream: TcpStream,
-    tls: &ClientTls,
-    endpoint: &Endpoint,
-    protocol: UpstreamProtocol,
-    http1_only: bool,
-) -> io::Result<(Stream, bool)> {
-    let stream = TlsConnector::from(Arc::clone(tls.config(http1_only)))
-        .connect(tls.name(endpoint.address.ip()), stream)
+async fn dial_tls(stream: TcpStream, tls: &ClientTls, to: &To<'_>) -> io::Result<(Stream, bool)> {
+    let config = tls.config(to.needs_http1());
+    let stream = TlsConnector::from(Arc::clone(config))
+        .connect(tls.name(to.endpoint.address.ip()), stream)
         .await?;
     let speaks_http2 = stream.get_ref().1.alpn_protocol() == Some(ALPN_HTTP2);
-    if protocol == UpstreamProtocol::Http2 && !speaks_http2 {
+    if to.backend.transport.protocol == UpstreamProtocol::Http2 && !speaks_http2 {
         let reason = "the endpoint does not agree on HTTP/2 by ALPN";
         return Err(io::Error::other(reason));
     }

@@ -174,6 +174,14 @@ routes:
     )
 }
 
+/// What the proxy says would become of a request.
+pub(crate) async fn explain(proxy: &Proxy, host: &str, path: &str) -> serde_json::Value {
+    let mut admin = Client::connect(proxy.admin()).await;
+    let question = serde_json::json!({ "host": host, "path": path }).to_string();
+    let explained = admin.send(http::Method::POST, "/api/v1/explain", &[], question);
+    explained.await.unwrap().json()
+}
+
 /// Waits until something is so.
 pub(crate) async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;

@@ -123,6 +123,17 @@ impl Checker<'_> {
         let name = self.name(&listener.name, at);
         let address = self.parse(&listener.address, &at.key("address"), value::socket_address);
         let trusted_proxies = self.networks(&listener.trusted_proxies, &at.key("trustedProxies"));
+        let hops = listener.trusted_hops.map(|hops| Size(hops.into()));
+        let hops = self.size(hops, 1..=100, &at.key("trustedHops"));
+        for (is_there, key) in [
+            (listener.proxy_protocol, "proxyProtocol"),
+            (listener.trusted_hops.is_some(), "trustedHops"),
+        ] {
+            if is_there && listener.trusted_proxies.is_empty() {
+                let message = "nobody is believed: `trustedProxies` is empty";
+                self.error(&at.key(key), message, None);
+            }
+        }
         let tls = match &listener.tls {
             Some(tls) => self.listener_tls(tls, &at.key("tls")).map(Some),
             None => Some(None),
@@ -134,6 +145,8 @@ impl Checker<'_> {
             name: name?,
             address: address?,
             trusted_proxies: trusted_proxies?,
+            trusted_hops: hops?.map(|hops| hops as usize),
+            proxy_protocol: listener.proxy_protocol,
             tls: tls?,
             timeouts: timeouts?,
             limits: limits?,

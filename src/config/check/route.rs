@@ -30,7 +30,18 @@ impl Checker<'_> {
             |checker, text, at| checker.parse(text, at, value::hostname),
         );
         let matches = self.matches(&route.matches, &at.key("matches"));
-        let targets = self.targets(route, &at.key("backendRefs"), backends, backend_names);
+        let filters = self.filters(&route.filters, &at.key("filters"), matches.as_deref());
+        let redirects = route
+            .filters
+            .iter()
+            .any(|one| one.request_redirect.is_some());
+        let targets = self.targets(
+            route,
+            redirects,
+            &at.key("backendRefs"),
+            backends,
+            backend_names,
+        );
         let gray = self.gray(route, &at.key("gray"), backend_names, list_names);
         let timeouts = at.key("timeouts");
         let request = self.duration(
@@ -54,6 +65,9 @@ impl Checker<'_> {
             hostnames: hostnames?,
             matches: matches?,
             targets: targets?,
+            filters: Arc::new(filters?),
+            keeps_escaped_slashes: route.escaped_slashes == file::EscapedSlashes::Keep,
+            body_limit: route.limits.request_body.map(|size| size.0),
             request_timeout: limit(request?),
             backend_timeout: limit(backend_request?),
             tunnel_idle: limit(tunnel_idle?),
@@ -97,11 +111,12 @@ impl Checker<'_> {
     fn targets(
         &mut self,
         route: &file::Route,
+        redirects: bool,
         at: &Path,
         backends: &[file::Backend],
         names: &mut Names,
     ) -> Option<Vec<RouteTarget>> {
-        if route.backend_refs.is_empty() && !self.document.is_maimed(at) {
+        if route.backend_refs.is_empty() && !redirects && !self.document.is_maimed(at) {
             self.error(at, format!("route `{}` has no backend", route.name), None);
         }
         for (position, one) in route.backend_refs.iter().enumerate() {
@@ -137,7 +152,7 @@ impl Checker<'_> {
         if let Some(baseline) = first.and_then(|first| names.positions.get(&first.name)) {
             self.baseline(*baseline, &backends[*baseline], at);
         }
-        targets.filter(|targets| !targets.is_empty())
+        targets.filter(|targets| !targets.is_empty() || redirects)
     }
 
     /// Checks what only the first backend of a route must be.

@@ -8,6 +8,7 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::backend::{Http2Policy, Transport, UpstreamProtocol};
 use crate::config::document::Path;
 use crate::config::file::{self, BackendProtocol, Size};
+use crate::proxy_protocol::Version;
 use crate::tls::client::{ClientTls, Trust};
 use crate::tls::{self, ALPN_HTTP1, ALPN_HTTP2, Certificate};
 
@@ -27,7 +28,13 @@ impl Checker<'_> {
         let mut print = Xxh3::new();
         let http2 = self.backend_http2(&backend.http2, &at.key("http2"));
         let protocol = self.upstream_protocol(backend, &at.key("protocol"));
-        print.update(format!("{protocol:?} {http2:?} {:?}", backend.tls).as_bytes());
+        print.update(
+            format!(
+                "{protocol:?} {http2:?} {:?} {:?}",
+                backend.tls, backend.proxy_protocol
+            )
+            .as_bytes(),
+        );
         let (tls, own) = match &backend.tls {
             None => (None, None),
             Some(tls) => {
@@ -39,6 +46,10 @@ impl Checker<'_> {
             protocol: protocol?,
             tls,
             http2: http2?,
+            proxy_protocol: backend.proxy_protocol.map(|version| match version {
+                file::ProxyProtocolVersion::V1 => Version::V1,
+                file::ProxyProtocolVersion::V2 => Version::V2,
+            }),
             fingerprint: print.digest(),
         };
         Some((Arc::new(transport), own))

@@ -346,7 +346,7 @@ proptest! {
     ) {
         let table = table(&routes);
         for request in &requests {
-            prop_assert_eq!(table.find(&request.head()), model(&routes, request), "{:?}", request);
+            prop_assert_eq!(table.find(&request.head()).map(|found| found.route), model(&routes, request), "{:?}", request);
         }
     }
 
@@ -370,7 +370,7 @@ fn found(routes: &[Draft], requests: &[Request]) -> Vec<Option<RouteIndex>> {
     let table = table(routes);
     requests
         .iter()
-        .map(|request| table.find(&request.head()))
+        .map(|request| table.find(&request.head()).map(|found| found.route))
         .collect()
 }
 
@@ -621,14 +621,15 @@ fn each_of_ten_thousand_routes_is_found() {
     let headers = HeaderMap::new();
     let find = |host: &str, path: &str| {
         let client = Ipv4Addr::LOCALHOST.into();
-        table.find(&RequestHead {
+        let found = table.find(&RequestHead {
             host,
             path,
             query: None,
             method: &Method::GET,
             headers: &headers,
             client,
-        })
+        });
+        found.map(|found| found.route)
     };
     let found: BTreeSet<RouteIndex> = (0..ROUTES)
         .filter_map(|index| {

@@ -155,6 +155,14 @@ impl TlsClient {
             .await
     }
 
+    /// A client over a connection that stands.
+    pub(crate) async fn over(&self, stream: TcpStream, name: &str) -> Client {
+        let name = ServerName::try_from(name.to_owned()).unwrap();
+        let connector = TlsConnector::from(Arc::new(self.config.clone()));
+        let stream = connector.connect(name, stream).await.unwrap();
+        Client::http2(stream).await
+    }
+
     /// A client that speaks what was agreed on.
     pub(crate) async fn connect(&self, address: SocketAddr, name: &str) -> Client {
         let stream = self.handshake(address, name).await.unwrap();
