@@ -35,6 +35,7 @@ use crate::routing::table::{Hostname, RouteMatch};
 use crate::routing::{Target, user_list};
 use crate::telemetry::access_log;
 use crate::tls;
+use crate::transcode::Transcoder;
 
 pub use file::{ConfigFile, Workers};
 pub use problem::{Problem, Problems};
@@ -205,6 +206,8 @@ pub struct Route {
     pub filters: Arc<Filters>,
     /// Whether a path may have escaped slashes.
     pub keeps_escaped_slashes: bool,
+    /// What turns HTTP into gRPC.
+    pub transcoder: Option<Arc<Transcoder>>,
     /// The most bytes of a request body, where it says so itself.
     pub body_limit: Option<u64>,
     /// The limit of a whole exchange.

@@ -34,4 +34,5 @@ pub mod snapshot;
 pub mod stream;
 pub mod telemetry;
 pub mod tls;
+pub mod transcode;
 pub mod upstream;

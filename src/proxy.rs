@@ -12,6 +12,7 @@ pub mod grpc;
 pub mod headers;
 pub mod origin;
 pub mod timeouts;
+pub mod translate;
 pub mod tunnel;
 pub mod upgrade;
 pub mod via;
@@ -44,6 +45,7 @@ use exchange::Exchange;
 use headers::Survey;
 use origin::{Guards, Origin, Peer};
 use timeouts::{Timeout, Timeouts, Timer};
+use translate::Translation;
 use tunnel::Tunnel;
 use upgrade::{Ends, Wish};
 use via::Via;
@@ -168,14 +170,21 @@ impl Proxy {
         let log = snapshot.access_log();
         let mut exchange = Exchange::begin(&self.metrics, log, &request);
         async move {
-            let outcome = match self.route(&snapshot, peer, &mut exchange, request) {
+            let mut translation = None;
+            let routed = self.route(&snapshot, peer, &mut exchange, request, &mut translation);
+            let outcome = match routed {
                 Ok(routed) => self.forward(routed, &mut exchange).await,
                 Err(Instead::Error(error)) => Err(error),
                 Err(Instead::Response(response)) => return response.map(|()| ReplyBody::empty()),
             };
-            match outcome {
+            let response = match outcome {
                 Ok(answer) => answer.into_response(exchange),
                 Err(error) => error.reply(exchange),
+            };
+            match translation {
+                None => response,
+                // Boxed, since few requests are translated.
+                Some(translation) => Box::pin(translation.translate(response)).await,
             }
         }
     }
@@ -191,6 +200,7 @@ impl Proxy {
         peer: &Peer,
         exchange: &mut Exchange,
         request: Request<Incoming>,
+        translation: &mut Option<Translation>,
     ) -> Result<Routed<'s>, Instead> {
         let (mut parts, body) = request.into_parts();
         let origin = Origin::new(snapshot, peer, &parts.headers);
@@ -228,14 +238,28 @@ impl Proxy {
 
         let backend = &target.backend;
         let endpoint = backend.choose(self.roll()).ok_or(ProxyError::NoEndpoint)?;
+        let call = match &route.transcoder {
+            Some(transcoder) if !is_call => {
+                let uri = &parts.uri;
+                let call = transcoder.find(&parts.method, uri.path(), uri.query());
+                Some(call.ok_or(ProxyError::NoMethod)?)
+            }
+            _ => None,
+        };
         let limit = route.body_limit.or(origin.body_limit());
+        let limit = limit.or(call.as_ref().map(|_| translate::LARGEST_BODY));
         if limit.is_some_and(|limit| body.size_hint().lower() > limit) {
             return Err(ProxyError::BodyTooLarge.into());
+        }
+        if let Some(call) = call {
+            exchange.is_translated_call();
+            *translation = Some(Translation::new(call, &mut parts));
         }
         let patience = is_call.then(|| grpc::timeout(&parts.headers));
         self.via.append(&mut parts.headers, parts.version);
         let needs = Needs {
-            trailers: survey.has(Survey::TE) && headers::accepts_trailers(&parts.headers),
+            trailers: translation.is_some()
+                || survey.has(Survey::TE) && headers::accepts_trailers(&parts.headers),
             tunnel: wish.is_some(),
             client: backend.transport.proxy_protocol.map(|_| origin.ends()),
         };
@@ -245,13 +269,20 @@ impl Proxy {
         if let Some(wish) = &wish {
             wish.ask(&mut parts.headers);
         }
-        let (body, progress) = RequestBody::new(body, exchange.decided_at(), || BodyRules {
+        let rules = || BodyRules {
             limit,
             // A stream of gRPC may rest as long as it likes.
             gap: origin.body_gap().filter(|_| !is_call),
             timeout: self.timeouts.timeout(),
             route: Arc::clone(route),
-        });
+        };
+        let (body, progress) = match translation {
+            None => RequestBody::new(body, exchange.decided_at(), rules),
+            Some(translation) => {
+                let translation = translation.clone();
+                RequestBody::translated(body, exchange.decided_at(), rules, translation)
+            }
+        };
         exchange.sent_to(endpoint, progress.clone());
         Ok(Routed {
             request: Request::from_parts(parts, body),

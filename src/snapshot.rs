@@ -27,6 +27,7 @@ use crate::routing::{BASELINE, Decision, Gray, Reason, RequestHead, RouteTable, 
 use crate::telemetry::access_log::{AccessLog, WorkerLog};
 use crate::telemetry::metrics::{Metrics, TargetLabels, TargetMetrics};
 use crate::tls::server::{ServerTls, Tickets};
+use crate::transcode::Transcoder;
 
 /// Counts the snapshots of a process, from 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -80,6 +81,8 @@ pub struct Route {
     pub filters: Arc<Filters>,
     /// Whether a path may have escaped slashes.
     pub keeps_escaped_slashes: bool,
+    /// What turns HTTP into gRPC.
+    pub transcoder: Option<Arc<Transcoder>>,
     /// The most bytes of a request body, where it says so itself.
     pub body_limit: Option<u64>,
     /// What requests are counted under that it answers itself.
@@ -230,6 +233,7 @@ fn compile_route(
         targets,
         filters: Arc::clone(&route.filters),
         keeps_escaped_slashes: route.keeps_escaped_slashes,
+        transcoder: route.transcoder.clone(),
         body_limit: route.body_limit,
         metrics: metrics.route(&route.name),
         request_timeout: route.request_timeout,

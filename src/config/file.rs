@@ -520,6 +520,9 @@ pub struct Route {
     /// What becomes of its requests and responses, as in the Gateway API.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub filters: Vec<Filter>,
+    /// Lets clients that know HTTP and JSON alone call a service of gRPC (default: it does not).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transcode: Option<Transcode>,
     /// Paths with an escaped slash (`%2F`), which some servers take for a slash and others do not
     /// (default `refuse`: 400).
     #[serde(default)]
@@ -536,6 +539,18 @@ pub struct Route {
     /// Sends `X-Service-Version` with the response.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub expose_version: bool,
+}
+
+/// Lets clients that know HTTP and JSON alone call a service of gRPC, by its `google.api.http`
+/// annotations. Calls of gRPC pass as they are.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Transcode {
+    /// The definition, as `protoc --include_imports --descriptor_set_out` writes it, relative to the
+    /// configuration file.
+    pub descriptor_set: String,
+    /// The services, with their packages, as in `shop.v1.Catalog`.
+    pub services: Vec<String>,
 }
 
 /// What becomes of paths with an escaped slash.

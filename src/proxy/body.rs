@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http_body_util::Full;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use super::exchange::Exchange;
 use super::grpc;
 use super::headers;
 use super::timeouts::Timeout;
+use super::translate::{JsonLines, Translation};
 
 /// The body of a request on its way to the upstream.
 #[derive(Debug)]
@@ -30,6 +31,15 @@ pub struct RequestBody {
     progress: Progress,
     /// `None` without a body.
     rules: Option<Box<BodyRules>>,
+    json: Option<Box<Json>>,
+}
+
+/// What a body of JSON is until all of it has come, and it becomes a message.
+#[derive(Debug)]
+struct Json {
+    /// `None` once the message has been sent.
+    translation: Option<Translation>,
+    read: BytesMut,
 }
 
 /// What a client has to keep to with its body.
@@ -55,6 +65,8 @@ pub enum RequestBodyError {
     TooLarge,
     /// The client does not go on with it.
     Stalled,
+    /// It does not say what the method that is called wants.
+    Untranslatable,
 }
 
 /// How far the body of a request has come; shared with whoever waits for the response.
@@ -89,6 +101,8 @@ enum BodyState {
     TooLarge,
     /// The client sent nothing for too long.
     Stalled,
+    /// The client sent what cannot be translated.
+    Untranslatable,
     /// The client went away.
     Gone,
 }
@@ -100,6 +114,8 @@ pub enum ReplyBody {
     Local(Full<Bytes>),
     /// The upstream's.
     Upstream(UpstreamBody),
+    /// A stream of messages as lines of JSON.
+    Lines(Box<JsonLines>),
 }
 
 /// The body of an upstream's response; whatever is still held for the exchange is let go of when it
@@ -155,9 +171,79 @@ impl RequestBody {
                 incoming,
                 progress: progress.clone(),
                 rules: has_body.then(|| Box::new(rules())),
+                json: None,
             },
             progress,
         )
+    }
+
+    /// As `new`, for a body that becomes the message of a call, also where there is none.
+    pub fn translated(
+        incoming: Incoming,
+        now: Instant,
+        rules: impl FnOnce() -> BodyRules,
+        translation: Translation,
+    ) -> (Self, Progress) {
+        let progress = Progress::Body(Rc::new(Cell::new(Stage {
+            last: now,
+            state: BodyState::Moving,
+            bytes: 0,
+            is_answered: false,
+        })));
+        let body = Self {
+            incoming,
+            progress: progress.clone(),
+            rules: Some(Box::new(rules())),
+            json: Some(Box::new(Json {
+                translation: Some(translation),
+                read: BytesMut::new(),
+            })),
+        };
+        (body, progress)
+    }
+
+    /// Reads JSON on, and gives the message when all of it has come.
+    fn poll_message(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
+        loop {
+            let came = match ready!(self.poll_incoming(cx)) {
+                Some(Ok(frame)) => frame.into_data().ok(),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => None,
+            };
+            let Some(json) = &mut self.json else {
+                return Poll::Ready(None);
+            };
+            if let Some(data) = came {
+                json.read.extend_from_slice(&data);
+                continue;
+            }
+            let Some(translation) = json.translation.take() else {
+                return Poll::Ready(None);
+            };
+            return Poll::Ready(Some(match translation.message(&json.read) {
+                Some(message) => Ok(Frame::data(message)),
+                None => {
+                    self.progress.moved(BodyState::Untranslatable, 0);
+                    Err(RequestBodyError::Untranslatable)
+                }
+            }));
+        }
+    }
+
+    fn poll_incoming(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
+        match Pin::new(&mut self.incoming).poll_frame(cx) {
+            Poll::Ready(came) => Poll::Ready(self.check(came)),
+            Poll::Pending => {
+                self.progress.await_client();
+                self.poll_gap(cx).map(|error| Some(Err(error)))
+            }
+        }
     }
 
     /// Notes what came, and what may not go on is an error.
@@ -219,21 +305,24 @@ impl Body for RequestBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
-        match Pin::new(&mut self.incoming).poll_frame(cx) {
-            Poll::Ready(came) => Poll::Ready(self.check(came)),
-            Poll::Pending => {
-                self.progress.await_client();
-                self.poll_gap(cx).map(|error| Some(Err(error)))
-            }
+        if self.json.is_some() {
+            return self.poll_message(cx);
         }
+        self.poll_incoming(cx)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.incoming.is_end_stream()
+        match &self.json {
+            Some(json) => json.translation.is_none(),
+            None => self.incoming.is_end_stream(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.incoming.size_hint()
+        match &self.json {
+            Some(_) => SizeHint::default(),
+            None => self.incoming.size_hint(),
+        }
     }
 }
 
@@ -245,6 +334,7 @@ impl fmt::Display for RequestBodyError {
             Self::Client(error) => write!(f, "client body: {error}"),
             Self::TooLarge => f.write_str("the request body is too large"),
             Self::Stalled => f.write_str("the request body did not come in time"),
+            Self::Untranslatable => f.write_str("the request body is not what the method wants"),
         }
     }
 }
@@ -283,6 +373,11 @@ impl Progress {
     /// True when the client sent something that is no body.
     pub fn is_malformed(&self) -> bool {
         self.stage().state == BodyState::Malformed
+    }
+
+    /// True when the client sent what cannot be translated.
+    pub fn is_untranslatable(&self) -> bool {
+        self.stage().state == BodyState::Untranslatable
     }
 
     /// True when it will not come to its end, and the client is to blame.
@@ -365,8 +460,8 @@ impl ReplyBody {
     }
 
     /// A reply of our own.
-    pub fn local(text: String) -> Self {
-        Self::Local(Full::new(Bytes::from(text)))
+    pub fn local(text: impl Into<Bytes>) -> Self {
+        Self::Local(Full::new(text.into()))
     }
 }
 
@@ -383,6 +478,7 @@ impl Body for ReplyBody {
                 .poll_frame(cx)
                 .map_err(|never| match never {}),
             Self::Upstream(body) => body.poll_frame(cx),
+            Self::Lines(lines) => lines.poll_frame(cx),
         }
     }
 
@@ -390,6 +486,7 @@ impl Body for ReplyBody {
         match self {
             Self::Local(body) => body.is_end_stream(),
             Self::Upstream(body) => body.is_cut || body.incoming.is_end_stream(),
+            Self::Lines(_) => false,
         }
     }
 
@@ -397,6 +494,7 @@ impl Body for ReplyBody {
         match self {
             Self::Local(body) => body.size_hint(),
             Self::Upstream(body) => body.incoming.size_hint(),
+            Self::Lines(_) => SizeHint::default(),
         }
     }
 }

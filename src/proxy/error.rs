@@ -31,6 +31,10 @@ pub enum ProxyError {
     HeadTooLarge,
     /// The body is longer than the listener or the route allows.
     BodyTooLarge,
+    /// The request does not say what a method of the service wants.
+    Untranslatable,
+    /// No method of the service is called so.
+    NoMethod,
     /// The request has been here before.
     Loop,
     /// A method that is not for gateways.
@@ -80,6 +84,7 @@ impl ProxyError {
         match error {
             _ if progress.client_is_gone() => Self::ClientGone,
             _ if progress.is_malformed() => Self::RequestBody,
+            _ if progress.is_untranslatable() => Self::Untranslatable,
             _ if progress.is_too_large() => Self::BodyTooLarge,
             _ if progress.has_stalled() => Self::RequestStalled,
             SendError::Connect(error) if is_exhaustion(&error) => Self::Exhausted(error),
@@ -94,7 +99,9 @@ impl ProxyError {
     /// The status that the client is sent.
     pub fn status(&self) -> StatusCode {
         match self {
-            Self::BadRequest(_) | Self::RequestBody => StatusCode::BAD_REQUEST,
+            Self::BadRequest(_) | Self::RequestBody | Self::Untranslatable => {
+                StatusCode::BAD_REQUEST
+            }
             Self::RequestStalled => StatusCode::REQUEST_TIMEOUT,
             Self::UriTooLong => StatusCode::URI_TOO_LONG,
             Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
@@ -102,7 +109,7 @@ impl ProxyError {
             Self::Loop => StatusCode::LOOP_DETECTED,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::TransferCoding => StatusCode::NOT_IMPLEMENTED,
-            Self::NoRoute => StatusCode::NOT_FOUND,
+            Self::NoRoute | Self::NoMethod => StatusCode::NOT_FOUND,
             Self::NoEndpoint | Self::Exhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::ClientGone => client_gone(),
             Self::Connect(_)
@@ -118,9 +125,12 @@ impl ProxyError {
     /// The error type of RFC 9209 section 2.3: in Proxy-Status and in metrics.
     pub fn token(&self) -> &'static str {
         match self {
-            Self::BadRequest(_) | Self::RequestBody | Self::ClientGone | Self::RequestStalled => {
-                "http_request_error"
-            }
+            Self::BadRequest(_)
+            | Self::RequestBody
+            | Self::ClientGone
+            | Self::RequestStalled
+            | Self::Untranslatable
+            | Self::NoMethod => "http_request_error",
             Self::Exhausted(_) => "connection_limit_reached",
             Self::MethodNotAllowed
             | Self::TransferCoding
@@ -147,6 +157,8 @@ impl ProxyError {
             | Self::RequestBody
             | Self::ClientGone
             | Self::RequestStalled
+            | Self::Untranslatable
+            | Self::NoMethod
             | Self::UriTooLong
             | Self::HeadTooLarge
             | Self::BodyTooLarge
@@ -167,6 +179,7 @@ impl ProxyError {
             Self::UriTooLong | Self::HeadTooLarge | Self::BodyTooLarge => {
                 grpc::Status::RESOURCE_EXHAUSTED
             }
+            Self::Untranslatable => grpc::Status::INVALID_ARGUMENT,
             Self::ClientGone => grpc::Status::CANCELLED,
             _ => grpc::Status::from_http(self.status()),
         }
@@ -239,6 +252,8 @@ impl ProxyError {
             Self::UriTooLong => "the request target is too long",
             Self::HeadTooLarge => "the request has too many header fields",
             Self::BodyTooLarge => "the request body is too large",
+            Self::Untranslatable => "the request is not what the method wants",
+            Self::NoMethod => "no method of the service is called so",
             Self::Loop => "the request has passed through this proxy before",
             Self::MethodNotAllowed => "this method is not served",
             Self::NoRoute => "no route takes this host and path",

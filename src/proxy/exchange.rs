@@ -46,6 +46,8 @@ pub struct Exchange {
     ended: bool,
     /// How it ends, if it is a call of gRPC.
     grpc: Grpc,
+    /// Its client knows HTTP and JSON, and is sent the status that gRPC's means there.
+    is_translated: bool,
     /// The upstream brought no whole response.
     has_failed: bool,
     /// Its line in the access log, if there is one; boxed, since an exchange is moved a few times.
@@ -103,6 +105,7 @@ impl Exchange {
             tunnel: None,
             ended: false,
             grpc: Grpc::No,
+            is_translated: false,
             has_failed: false,
             entry: log.map(|log| Box::new(Entry::begin(log, started, request))),
         }
@@ -118,6 +121,12 @@ impl Exchange {
         self.grpc = Grpc::Open;
     }
 
+    /// It is a call of gRPC from a client that does not know it.
+    pub fn is_translated_call(&mut self) {
+        self.is_call();
+        self.is_translated = true;
+    }
+
     /// True for a call of gRPC.
     pub fn is_grpc(&self) -> bool {
         self.grpc != Grpc::No
@@ -125,7 +134,7 @@ impl Exchange {
 
     /// True for a call of gRPC whose client can be sent trailers at any time.
     pub fn takes_trailers_of_ours(&self) -> bool {
-        self.is_grpc() && self.protocol == Protocol::Http2
+        self.is_grpc() && (self.protocol == Protocol::Http2 || self.is_translated)
     }
 
     /// These trailers, or the head of a response that may be nothing but trailers, say how a call of
@@ -291,7 +300,10 @@ impl Exchange {
 impl Drop for Exchange {
     /// A client that went away before it was sent a status counts as 499, nginx's code for it.
     fn drop(&mut self) {
-        let status = self.status.unwrap_or_else(client_gone);
+        let mut status = self.status.unwrap_or_else(client_gone);
+        if let (true, Grpc::Ended(ended)) = (self.is_translated, self.grpc) {
+            status = ended.to_http();
+        }
         let duration = self.started.elapsed();
         let metrics = &self.metrics;
         let target = self.target.as_ref().unwrap_or(metrics.all.unrouted());

@@ -25,6 +25,8 @@ impl Status {
     pub const CANCELLED: Self = Self(1);
     /// Nobody knows.
     pub const UNKNOWN: Self = Self(2);
+    /// The request is wrong.
+    pub const INVALID_ARGUMENT: Self = Self(3);
     /// It did not end in time.
     pub const DEADLINE_EXCEEDED: Self = Self(4);
     /// There is too much of something.
@@ -56,6 +58,35 @@ impl Status {
             429 | 502..=504 => Self::UNAVAILABLE,
             _ => Self::UNKNOWN,
         }
+    }
+
+    /// What HTTP says instead (google/rpc/code.proto, "HTTP Mapping").
+    pub fn to_http(self) -> StatusCode {
+        let code = match self.0 {
+            0 => 200,
+            1 => 499,
+            3 | 9 | 11 => 400,
+            4 => 504,
+            5 => 404,
+            6 | 10 => 409,
+            7 => 403,
+            8 => 429,
+            12 => 501,
+            14 => 503,
+            16 => 401,
+            _ => 500,
+        };
+        StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+    }
+
+    /// The number.
+    pub fn code(self) -> u8 {
+        self.0
+    }
+
+    /// True for a call that went well.
+    pub fn is_ok(self) -> bool {
+        self.0 == 0
     }
 
     /// The number as a label: a closed set, whatever a service makes up.

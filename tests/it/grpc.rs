@@ -9,7 +9,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status};
 
-use crate::support::grpc::{Caller, Note, Service, note};
+use crate::support::grpc::{Caller, Service, note};
 use crate::support::{Client, Proxy, Reply, eventually};
 
 fn h2c(upstream: SocketAddr, route: &str) -> String {
@@ -61,10 +61,7 @@ async fn all_kinds_of_calls(address: SocketAddr) -> Vec<String> {
         reply.get_ref()
     ));
 
-    let large = Note {
-        text: "x".repeat(1_000_000),
-        number: 1,
-    };
+    let large = note(&"x".repeat(1_000_000), 1);
     let reply = caller
         .unary("Echo", Request::new(large.clone()))
         .await

@@ -22,6 +22,7 @@ mod shutdown;
 mod split;
 mod support;
 mod tls;
+mod transcode;
 mod tunnels;
 mod upstream_http2;
 mod upstream_tls;

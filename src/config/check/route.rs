@@ -8,6 +8,7 @@ use crate::config::{BackendIndex, Route, RouteTarget, file, value};
 use crate::routing::BASELINE;
 use crate::routing::matcher::{Condition, PathMatcher};
 use crate::routing::table::RouteMatch;
+use crate::transcode::{DefinitionError, Transcoder};
 
 use super::{Checker, Names};
 
@@ -31,6 +32,19 @@ impl Checker<'_> {
         );
         let matches = self.matches(&route.matches, &at.key("matches"));
         let filters = self.filters(&route.filters, &at.key("filters"), matches.as_deref());
+        let transcoder = match &route.transcode {
+            Some(transcode) => self.transcoder(transcode, &at.key("transcode")).map(Some),
+            None => Some(None),
+        };
+        if route.transcode.is_some() {
+            self.refuse_http1(route, &at.key("backendRefs"), backends, backend_names);
+        }
+        if let (Some(Some(_)), Some(filters)) = (&transcoder, &filters)
+            && filters.path.is_some()
+        {
+            let message = "the path of a call is its method's, which cannot be rewritten";
+            self.error(&at.key("transcode"), message, None);
+        }
         let redirects = route
             .filters
             .iter()
@@ -66,6 +80,7 @@ impl Checker<'_> {
             matches: matches?,
             targets: targets?,
             filters: Arc::new(filters?),
+            transcoder: transcoder?,
             keeps_escaped_slashes: route.escaped_slashes == file::EscapedSlashes::Keep,
             body_limit: route.limits.request_body.map(|size| size.0),
             request_timeout: limit(request?),
@@ -74,6 +89,60 @@ impl Checker<'_> {
             gray: gray?,
             expose_version: route.expose_version,
         })
+    }
+
+    /// gRPC needs HTTP/2.
+    fn refuse_http1(
+        &mut self,
+        route: &file::Route,
+        at: &Path,
+        backends: &[file::Backend],
+        names: &Names,
+    ) {
+        for (position, one) in route.backend_refs.iter().enumerate() {
+            let backend = names
+                .positions
+                .get(&one.name)
+                .map(|index| &backends[*index]);
+            let speaks_http1 = |backend: &file::Backend| match backend.protocol {
+                Some(protocol) => protocol == file::BackendProtocol::Http1,
+                None => backend.tls.is_none(),
+            };
+            if backend.is_some_and(speaks_http1) {
+                let message = format!(
+                    "backend `{}` speaks HTTP/1.1, but gRPC needs HTTP/2",
+                    one.name
+                );
+                let hint = "give it `protocol: h2c`, or `tls`".to_owned();
+                self.error(&at.index(position).key("name"), message, Some(hint));
+            }
+        }
+    }
+
+    fn transcoder(&mut self, transcode: &file::Transcode, at: &Path) -> Option<Arc<Transcoder>> {
+        let set_at = at.key("descriptorSet");
+        let services_at = at.key("services");
+        let set = self.read(&transcode.descriptor_set, &set_at)?;
+        if transcode.services.is_empty() && !self.document.is_maimed(&services_at) {
+            self.error(&services_at, "there is no service to call", None);
+        }
+        match Transcoder::new(&set, &transcode.services) {
+            Ok((transcoder, skipped)) => {
+                for message in skipped {
+                    self.warn(&services_at, message, None);
+                }
+                Some(Arc::new(transcoder))
+            }
+            Err(DefinitionError::Set(reason)) => {
+                let message = format!("`{}` {reason}", transcode.descriptor_set);
+                self.error(&set_at, message, None);
+                None
+            }
+            Err(DefinitionError::Service(position, reason)) => {
+                self.error(&services_at.index(position), reason, None);
+                None
+            }
+        }
     }
 
     fn matches(&mut self, matches: &[file::RouteMatch], at: &Path) -> Option<Vec<RouteMatch>> {

@@ -24,6 +24,26 @@ pub(crate) struct Note {
     pub(crate) text: String,
     #[prost(uint32, tag = "2")]
     pub(crate) number: u32,
+    #[prost(message, optional, tag = "3")]
+    author: Option<Author>,
+    #[prost(string, repeated, tag = "4")]
+    tags: Vec<String>,
+    #[prost(int64, tag = "5")]
+    large_number: i64,
+    #[prost(bool, tag = "6")]
+    is_read: bool,
+    #[prost(bytes = "vec", tag = "7")]
+    blob: Vec<u8>,
+    #[prost(int32, tag = "8")]
+    kind: i32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Author {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(uint32, tag = "2")]
+    age: u32,
 }
 
 type Notes = Pin<Box<dyn Stream<Item = Result<Note, Status>> + Send>>;
@@ -148,7 +168,7 @@ async fn answer(
             }
             Ok(response)
         }
-        "Fail" => Err(failure(&first)),
+        "Fail" | "FailAtOnce" => Err(failure(&first)),
         "FailLate" => {
             let notes = [Ok(note("first", 1)), Err(failure(&first))];
             Ok(Response::new(Box::pin(tokio_stream::iter(notes))))
@@ -186,6 +206,7 @@ pub(crate) fn note(text: &str, number: u32) -> Note {
     Note {
         text: text.to_owned(),
         number,
+        ..Note::default()
     }
 }
 

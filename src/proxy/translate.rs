@@ -1,0 +1,316 @@
+//! Bodies between a client that speaks JSON and a service that speaks gRPC.
+//!
+//! To everything else such a request is a call of gRPC: what the endpoint, the metrics and errors of
+//! our own make of it is turned into HTTP and JSON here, at the very end.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes, BytesMut};
+use http::header::{
+    ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, TE, TRAILER,
+};
+use http::request::Parts;
+use http::{Method, Response, StatusCode, Uri, Version};
+use hyper::body::{Body, Frame};
+use percent_encoding::percent_decode;
+use serde_json::Value;
+
+use crate::transcode::Call;
+use crate::transcode::message::{self, PREFIX};
+
+use super::body::{BodyError, ReplyBody};
+use super::grpc;
+
+/// The largest message of a service that is turned into JSON, in bytes, as in gRPC's own libraries.
+const LARGEST_MESSAGE: usize = 4 << 20;
+
+/// The largest JSON body where neither route nor listener says otherwise.
+pub const LARGEST_BODY: u64 = 4 << 20;
+
+const DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
+const BROKEN: &str = "the service broke off its response";
+
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+const JSON_LINES: HeaderValue = HeaderValue::from_static("application/x-ndjson");
+
+/// What a request becomes, as its client does not know it.
+#[derive(Clone, Debug)]
+pub struct Translation(Rc<Translated>);
+
+#[derive(Debug)]
+struct Translated {
+    call: Call,
+    /// What is wrong with the request, for its sender.
+    fault: RefCell<Option<String>>,
+}
+
+/// The messages of a response, as they come.
+#[derive(Debug)]
+struct Messages {
+    body: ReplyBody,
+    read: BytesMut,
+    /// The trailers, or the head of a response that is nothing but trailers.
+    end: Option<HeaderMap>,
+}
+
+/// What comes next of a response.
+enum Next {
+    Message(Bytes),
+    /// The end, and what it says.
+    End(HeaderMap),
+    /// It broke off, or is no gRPC.
+    Broken,
+}
+
+/// The rest of a stream, a line for each message.
+#[derive(Debug)]
+pub struct JsonLines {
+    messages: Messages,
+    translation: Translation,
+    /// What has been turned into JSON and is not sent yet.
+    first: Option<Bytes>,
+    is_over: bool,
+}
+
+// === impl Translation ===
+
+impl Translation {
+    /// A request that means this call; its head becomes that of a call of gRPC.
+    pub fn new(call: Call, parts: &mut Parts) -> Self {
+        parts.method = Method::POST;
+        if let Ok(uri) = Uri::try_from(call.binding.path.as_str()) {
+            parts.uri = uri;
+        }
+        let headers = &mut parts.headers;
+        for name in [CONTENT_LENGTH, ACCEPT_ENCODING, TE, TRAILER] {
+            headers.remove(name);
+        }
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        Self(Rc::new(Translated {
+            call,
+            fault: RefCell::new(None),
+        }))
+    }
+
+    /// The message of the call, when all of the request's body is here. What is wrong with it is kept
+    /// for the response.
+    pub fn message(&self, body: &[u8]) -> Option<Bytes> {
+        let message = self.0.call.request(body);
+        let keep = |fault| *self.0.fault.borrow_mut() = Some(fault);
+        message.map_err(keep).ok()
+    }
+
+    /// Turns the response of a call into what the client understands. Waits for the first message,
+    /// since until then it may turn out to be an error.
+    pub async fn translate(self, response: Response<ReplyBody>) -> Response<ReplyBody> {
+        let (mut parts, body) = response.into_parts();
+        let end = grpc::Status::of(&parts.headers).map(|_| parts.headers.clone());
+        // What the service says in HTTP is no answer to a call.
+        let is_call = parts.status == StatusCode::OK && grpc::is_call(&parts.headers);
+        let mut messages = Messages {
+            body,
+            read: BytesMut::new(),
+            end,
+        };
+        parts.version = Version::HTTP_11;
+        let headers = &mut parts.headers;
+        for name in [
+            "grpc-status",
+            "grpc-message",
+            "grpc-encoding",
+            "grpc-accept-encoding",
+        ] {
+            headers.remove(name);
+        }
+        for name in [DETAILS, CONTENT_LENGTH, TRAILER] {
+            headers.remove(name);
+        }
+        let (status, kind, body) = if is_call {
+            self.first(&mut messages).await
+        } else {
+            let code = grpc::Status::from_http(parts.status);
+            self.error(code, "the service did not answer in gRPC", None)
+        };
+        headers.insert(CONTENT_TYPE, kind);
+        parts.status = status;
+        let body = body.unwrap_or_else(|first| {
+            ReplyBody::Lines(Box::new(JsonLines {
+                messages,
+                translation: self,
+                first: Some(first),
+                is_over: false,
+            }))
+        });
+        Response::from_parts(parts, body)
+    }
+
+    /// What the beginning of a response says: its status, its type, and its body, or the first line
+    /// of that.
+    async fn first(
+        &self,
+        messages: &mut Messages,
+    ) -> (StatusCode, HeaderValue, Result<ReplyBody, Bytes>) {
+        let is_stream = self.0.call.binding.rpc.is_server_streaming();
+        let message = match messages.next().await {
+            Next::Message(message) => message,
+            Next::End(end) if is_stream && is_ok(&end) => {
+                return (StatusCode::OK, JSON_LINES, Ok(ReplyBody::empty()));
+            }
+            Next::End(end) => return self.ended(&end),
+            Next::Broken => return self.broken(),
+        };
+        let json = match self.0.call.response(message) {
+            Ok(json) => json,
+            Err(error) => return self.error(grpc::Status::INTERNAL, &error, None),
+        };
+        if is_stream {
+            return (StatusCode::OK, JSON_LINES, Err(line(json)));
+        }
+        // The status comes behind the message.
+        match messages.next().await {
+            Next::End(end) if is_ok(&end) => (StatusCode::OK, JSON, Ok(ReplyBody::local(json))),
+            Next::End(end) => self.ended(&end),
+            Next::Message(_) | Next::Broken => self.broken(),
+        }
+    }
+
+    fn ended(&self, end: &HeaderMap) -> (StatusCode, HeaderValue, Result<ReplyBody, Bytes>) {
+        let (status, message) = ending(end);
+        self.error(
+            status,
+            &message,
+            end.get(DETAILS).map(HeaderValue::as_bytes),
+        )
+    }
+
+    fn broken(&self) -> (StatusCode, HeaderValue, Result<ReplyBody, Bytes>) {
+        self.error(grpc::Status::UNAVAILABLE, BROKEN, None)
+    }
+
+    fn error(
+        &self,
+        status: grpc::Status,
+        message: &str,
+        details: Option<&[u8]>,
+    ) -> (StatusCode, HeaderValue, Result<ReplyBody, Bytes>) {
+        let json = self.status(status, message, details).to_string();
+        (status.to_http(), JSON, Ok(ReplyBody::local(json)))
+    }
+
+    /// google.rpc.Status; what is wrong with the request is known better here than anywhere else.
+    fn status(&self, status: grpc::Status, message: &str, details: Option<&[u8]>) -> Value {
+        let fault = self.0.fault.take();
+        let message = fault.as_deref().unwrap_or(message);
+        message::status(&self.0.call.pool, status.code(), message, details)
+    }
+}
+
+/// How a call that did not end well has ended, and what it says of that.
+fn ending(end: &HeaderMap) -> (grpc::Status, String) {
+    let status = match grpc::Status::of(end) {
+        // A call that ends well without any message has none to give.
+        Some(status) if status.is_ok() => grpc::Status::INTERNAL,
+        Some(status) => status,
+        None => grpc::Status::UNKNOWN,
+    };
+    let message = end.get("grpc-message").map(HeaderValue::as_bytes);
+    let message = percent_decode(message.unwrap_or_default());
+    (status, message.decode_utf8_lossy().into_owned())
+}
+
+fn is_ok(end: &HeaderMap) -> bool {
+    grpc::Status::of(end).is_some_and(grpc::Status::is_ok)
+}
+
+fn line(mut json: Vec<u8>) -> Bytes {
+    json.push(b'\n');
+    json.into()
+}
+
+// === impl Messages ===
+
+impl Messages {
+    async fn next(&mut self) -> Next {
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
+        loop {
+            match self.take() {
+                Ok(Some(message)) => return Poll::Ready(Next::Message(message)),
+                Ok(None) => {}
+                Err(()) => return Poll::Ready(Next::Broken),
+            }
+            if let Some(end) = self.end.take() {
+                return Poll::Ready(Next::End(end));
+            }
+            match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => self.read.extend_from_slice(&data),
+                    Err(frame) => self.end = frame.into_trailers().ok(),
+                },
+                Some(Err(_)) => return Poll::Ready(Next::Broken),
+                None => return Poll::Ready(Next::End(HeaderMap::new())),
+            }
+        }
+    }
+
+    /// The next message, if all of it is here.
+    fn take(&mut self) -> Result<Option<Bytes>, ()> {
+        let Some(prefix) = self.read.first_chunk::<PREFIX>() else {
+            return Ok(None);
+        };
+        let [is_compressed, length @ ..] = *prefix;
+        let length = u32::from_be_bytes(length) as usize;
+        // Nobody has asked for compression.
+        if is_compressed != 0 || length > LARGEST_MESSAGE {
+            return Err(());
+        }
+        if self.read.len() < PREFIX + length {
+            return Ok(None);
+        }
+        self.read.advance(PREFIX);
+        Ok(Some(self.read.split_to(length).freeze()))
+    }
+}
+
+// === impl JsonLines ===
+
+impl JsonLines {
+    /// The next line. An error behind messages is the last one, in a field of its own.
+    pub(super) fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if let Some(first) = self.first.take() {
+            return Poll::Ready(Some(Ok(Frame::data(first))));
+        }
+        if self.is_over {
+            return Poll::Ready(None);
+        }
+        let (status, message, details) = match ready!(self.messages.poll_next(cx)) {
+            Next::Message(message) => match self.translation.0.call.response(message) {
+                Ok(json) => return Poll::Ready(Some(Ok(Frame::data(line(json))))),
+                Err(error) => (grpc::Status::INTERNAL, error, None),
+            },
+            Next::End(end) if is_ok(&end) => {
+                self.is_over = true;
+                return Poll::Ready(None);
+            }
+            Next::End(end) => {
+                let (status, message) = ending(&end);
+                (status, message, end.get(DETAILS).cloned())
+            }
+            Next::Broken => (grpc::Status::UNAVAILABLE, BROKEN.to_owned(), None),
+        };
+        self.is_over = true;
+        let details = details.as_ref().map(HeaderValue::as_bytes);
+        let error = self.translation.status(status, &message, details);
+        let json = serde_json::json!({ "error": error }).to_string();
+        Poll::Ready(Some(Ok(Frame::data(line(json.into_bytes())))))
+    }
+}

@@ -1,0 +1,246 @@
+//! HTTP with JSON for services of gRPC: by the `google.api.http` annotations of their definition
+//! (google/api/http.proto), so that one definition serves both.
+//!
+//! Pure: which method a request means, its message, and the JSON of what comes back. The bodies that
+//! carry them are in [`proxy::translate`](crate::proxy::translate).
+
+pub mod message;
+pub mod template;
+
+use std::fmt;
+
+use http::Method;
+use prost_reflect::{
+    DescriptorPool, DynamicMessage, FieldDescriptor, MessageDescriptor, MethodDescriptor, Value,
+};
+
+use template::{Captures, Template};
+
+/// The methods of some services, by what HTTP calls them.
+#[derive(Clone)]
+pub struct Transcoder {
+    bindings: Vec<Binding>,
+    pool: DescriptorPool,
+}
+
+/// One way to call a method.
+#[derive(Clone)]
+pub struct Binding {
+    method: Method,
+    template: Template,
+    body: Body,
+    /// The field of the response that is its body; `None` for all of it.
+    response: Option<FieldDescriptor>,
+    /// What is called.
+    pub rpc: MethodDescriptor,
+    /// The same as a path.
+    pub path: String,
+}
+
+/// Where the body of a request goes.
+#[derive(Clone, Debug)]
+enum Body {
+    /// There is none, and every other field may be in the query.
+    None,
+    /// It is the message, and nothing may be in the query.
+    Whole,
+    /// It is this field, and others may be in the query.
+    Field(FieldDescriptor),
+}
+
+/// A method that a request means.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// Which way of calling it.
+    pub binding: Binding,
+    captures: Captures,
+    query: Option<String>,
+    pub(crate) pool: DescriptorPool,
+}
+
+/// What is wrong with a definition, as a half sentence or a sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DefinitionError {
+    /// The file of descriptors.
+    Set(String),
+    /// A service, by its position in the list.
+    Service(usize, String),
+}
+
+// === impl Transcoder ===
+
+impl Transcoder {
+    /// The methods of these services that have annotations, with the names of those that cannot be
+    /// called by HTTP.
+    ///
+    /// # Errors
+    ///
+    /// See [`DefinitionError`].
+    pub fn new(
+        descriptor_set: &[u8],
+        services: &[String],
+    ) -> Result<(Self, Vec<String>), DefinitionError> {
+        let pool = DescriptorPool::decode(descriptor_set)
+            .map_err(|error| DefinitionError::Set(format!("is no descriptor set: {error}")))?;
+        let mut bindings = Vec::new();
+        let mut skipped = Vec::new();
+        for (position, name) in services.iter().enumerate() {
+            let service = pool.get_service_by_name(name).ok_or_else(|| {
+                let known: Vec<String> = pool
+                    .services()
+                    .map(|one| one.full_name().to_owned())
+                    .collect();
+                let reason = format!(
+                    "`{name}` is not in the descriptor set, which has: {}",
+                    known.join(", ")
+                );
+                DefinitionError::Service(position, reason)
+            })?;
+            let before = bindings.len();
+            for rpc in service.methods() {
+                let rules = rules_of(&pool, &rpc);
+                if rpc.is_client_streaming() && !rules.is_empty() {
+                    skipped.push(format!(
+                        "`{}` takes a stream of messages, which JSON has no form for",
+                        rpc.full_name()
+                    ));
+                    continue;
+                }
+                for rule in rules {
+                    let binding = Binding::new(&rpc, &rule).map_err(|reason| {
+                        DefinitionError::Service(
+                            position,
+                            format!("`{}`: {reason}", rpc.full_name()),
+                        )
+                    })?;
+                    bindings.push(binding);
+                }
+            }
+            if bindings.len() == before {
+                let reason = format!(
+                    "`{name}` has no method with a google.api.http annotation (was the set made with --include_imports?)"
+                );
+                return Err(DefinitionError::Service(position, reason));
+            }
+        }
+        // The more of a path a template says itself, the sooner it is asked.
+        bindings.sort_by_key(|binding| binding.template.rank());
+        Ok((Self { bindings, pool }, skipped))
+    }
+
+    /// The method that a request means.
+    pub fn find(&self, method: &Method, path: &str, query: Option<&str>) -> Option<Call> {
+        let candidates = self
+            .bindings
+            .iter()
+            .filter(|binding| binding.method == *method);
+        let (binding, captures) = candidates
+            .filter_map(|binding| Some((binding, binding.template.captures(path)?)))
+            .next()?;
+        Some(Call {
+            binding: binding.clone(),
+            captures,
+            query: query.map(str::to_owned),
+            pool: self.pool.clone(),
+        })
+    }
+}
+
+impl fmt::Debug for Transcoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Transcoder").field(&self.bindings).finish()
+    }
+}
+
+impl fmt::Debug for Binding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Binding")
+            .field("method", &self.method)
+            .field("template", &self.template)
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
+// === impl Binding ===
+
+impl Binding {
+    fn new(rpc: &MethodDescriptor, rule: &DynamicMessage) -> Result<Self, String> {
+        let (method, template) = pattern(rule).ok_or("the annotation has no pattern")?;
+        let template = Template::parse(&template)?;
+        for field in template.fields() {
+            message::field_at(&rpc.input(), field)
+                .ok_or_else(|| format!("the request has no field `{field}`"))?;
+        }
+        let text = |name: &str| {
+            let value = rule.get_field_by_name(name)?;
+            Some(value.as_str()?.to_owned()).filter(|text| !text.is_empty())
+        };
+        let field = |message: MessageDescriptor, name: &str| {
+            message
+                .get_field_by_name(name)
+                .ok_or_else(|| format!("`{}` has no field `{name}`", message.full_name()))
+        };
+        let body = match text("body").as_deref() {
+            None => Body::None,
+            Some("*") => Body::Whole,
+            Some(name) => Body::Field(field(rpc.input(), name)?),
+        };
+        let response = text("response_body");
+        let response = response
+            .map(|name| field(rpc.output(), &name))
+            .transpose()?;
+        Ok(Self {
+            method,
+            template,
+            body,
+            response,
+            path: format!("/{}/{}", rpc.parent_service().full_name(), rpc.name()),
+            rpc: rpc.clone(),
+        })
+    }
+}
+
+/// The annotations of a method, additional ones among them.
+fn rules_of(pool: &DescriptorPool, rpc: &MethodDescriptor) -> Vec<DynamicMessage> {
+    let Some(annotation) = pool.get_extension_by_name("google.api.http") else {
+        return Vec::new();
+    };
+    let options = rpc.options();
+    if !options.has_extension(&annotation) {
+        return Vec::new();
+    }
+    let rule = options.get_extension(&annotation);
+    let Some(rule) = rule.as_message() else {
+        return Vec::new();
+    };
+    let more = rule.get_field_by_name("additional_bindings");
+    let more = more.as_deref().and_then(Value::as_list).unwrap_or_default();
+    let more = more.iter().filter_map(Value::as_message);
+    std::iter::once(rule).chain(more).cloned().collect()
+}
+
+/// The method of HTTP and the template of an annotation.
+fn pattern(rule: &DynamicMessage) -> Option<(Method, String)> {
+    let text = |name: &str| {
+        let value = rule.get_field_by_name(name)?;
+        Some(value.as_str()?.to_owned()).filter(|text| !text.is_empty())
+    };
+    let usual = [
+        ("get", Method::GET),
+        ("put", Method::PUT),
+        ("post", Method::POST),
+        ("delete", Method::DELETE),
+        ("patch", Method::PATCH),
+    ];
+    let usual = usual
+        .into_iter()
+        .find_map(|(name, method)| Some((method, text(name)?)));
+    usual.or_else(|| {
+        let custom = rule.get_field_by_name("custom")?;
+        let custom = custom.as_message()?;
+        let part = |name: &str| Some(custom.get_field_by_name(name)?.as_str()?.to_owned());
+        let method = Method::from_bytes(part("kind")?.as_bytes()).ok()?;
+        Some((method, part("path")?))
+    })
+}
