@@ -37,7 +37,7 @@ use crate::filter::redirect::Asked;
 use crate::routing::Decision;
 use crate::snapshot::{Reader, Route, RouteTarget, Snapshot};
 use crate::telemetry::metrics::WorkerMetrics;
-use crate::upstream::{Loan, Needs, Pools, SendError};
+use crate::upstream::{self, Loan, Needs, Pools, SendError};
 
 use body::{BodyRules, Held, Progress, ReplyBody, RequestBody, UpstreamBody};
 use error::ProxyError;
@@ -65,8 +65,10 @@ pub struct Proxy {
 struct Routed<'s> {
     request: Request<RequestBody>,
     needs: Needs,
+    /// What the endpoint is told of the connection.
+    ends: Option<Box<upstream::Ends>>,
     /// The tunnel that the client asks for.
-    wish: Option<Wish>,
+    wish: Option<Box<Wish>>,
     guards: Guards,
     limits: Limits,
     /// How far its body has come.
@@ -107,7 +109,7 @@ struct Verdict {
     /// How it was decided, for those who may know.
     debug: Option<HeaderValue>,
     /// What the page that asked may know.
-    cors: Option<Grant>,
+    cors: Option<Box<Grant>>,
 }
 
 /// Why a request is not sent on.
@@ -115,7 +117,7 @@ enum Instead {
     /// Something is wrong.
     Error(ProxyError),
     /// Its route answers it.
-    Response(Response<()>),
+    Response(Box<Response<()>>),
 }
 
 // === impl Proxy ===
@@ -170,21 +172,10 @@ impl Proxy {
         let log = snapshot.access_log();
         let mut exchange = Exchange::begin(&self.metrics, log, &request);
         async move {
-            let mut translation = None;
-            let routed = self.route(&snapshot, peer, &mut exchange, request, &mut translation);
-            let outcome = match routed {
-                Ok(routed) => self.forward(routed, &mut exchange).await,
-                Err(Instead::Error(error)) => Err(error),
-                Err(Instead::Response(response)) => return response.map(|()| ReplyBody::empty()),
-            };
-            let response = match outcome {
-                Ok(answer) => answer.into_response(exchange),
-                Err(error) => error.reply(exchange),
-            };
-            match translation {
-                None => response,
-                // Boxed, since few requests are translated.
-                Some(translation) => Box::pin(translation.translate(response)).await,
+            match self.route(&snapshot, peer, &mut exchange, request) {
+                Ok(routed) => self.forward(routed, exchange).await,
+                Err(Instead::Response(response)) => response.map(|()| ReplyBody::empty()),
+                Err(Instead::Error(error)) => refuse(error, exchange).await,
             }
         }
     }
@@ -200,7 +191,6 @@ impl Proxy {
         peer: &Peer,
         exchange: &mut Exchange,
         request: Request<Incoming>,
-        translation: &mut Option<Translation>,
     ) -> Result<Routed<'s>, Instead> {
         let (mut parts, body) = request.into_parts();
         let origin = Origin::new(snapshot, peer, &parts.headers);
@@ -226,7 +216,7 @@ impl Proxy {
         }
         if let Some(response) = route.answer(&parts, &host, matched, &origin) {
             exchange.answered_by_route(route, response.status());
-            return Err(Instead::Response(response));
+            return Err(Instead::Response(Box::new(response)));
         }
         let refusal = || ProxyError::TransferCoding;
         headers::refuse_transfer_coding(&parts.headers, survey, refusal)?;
@@ -251,9 +241,9 @@ impl Proxy {
         if limit.is_some_and(|limit| body.size_hint().lower() > limit) {
             return Err(ProxyError::BodyTooLarge.into());
         }
-        if let Some(call) = call {
-            exchange.is_translated_call();
-            *translation = Some(Translation::new(call, &mut parts));
+        let translation = call.map(|call| Translation::new(call, &mut parts));
+        if let Some(translation) = &translation {
+            exchange.is_translated_call(translation);
         }
         let patience = is_call.then(|| grpc::timeout(&parts.headers));
         self.via.append(&mut parts.headers, parts.version);
@@ -261,8 +251,8 @@ impl Proxy {
             trailers: translation.is_some()
                 || survey.has(Survey::TE) && headers::accepts_trailers(&parts.headers),
             tunnel: wish.is_some(),
-            client: backend.transport.proxy_protocol.map(|_| origin.ends()),
         };
+        let is_told = backend.transport.proxy_protocol.is_some();
         headers::prepare_request(&mut parts, survey, route, endpoint, &origin);
         headers::rewrite(&mut parts, route, matched);
         backend.request_headers.apply(&mut parts.headers);
@@ -279,7 +269,6 @@ impl Proxy {
         let (body, progress) = match translation {
             None => RequestBody::new(body, exchange.decided_at(), rules),
             Some(translation) => {
-                let translation = translation.clone();
                 RequestBody::translated(body, exchange.decided_at(), rules, translation)
             }
         };
@@ -287,7 +276,8 @@ impl Proxy {
         Ok(Routed {
             request: Request::from_parts(parts, body),
             needs,
-            wish,
+            ends: is_told.then(|| Box::new(origin.ends())),
+            wish: wish.map(Box::new),
             guards: Rc::clone(&peer.guards),
             limits: self.limits(route, patience, exchange),
             progress,
@@ -299,15 +289,18 @@ impl Proxy {
         })
     }
 
-    /// Sends a request on its way, and makes the head of the response ready for the client.
+    /// Sends a request on its way, and makes the response ready for the client.
+    ///
+    /// Boxed: what waits for an endpoint would otherwise be moved with everything that holds it.
     fn forward<'f>(
         &'f self,
         routed: Routed<'f>,
-        exchange: &'f mut Exchange,
-    ) -> impl Future<Output = Result<Answer, ProxyError>> + 'f {
+        mut exchange: Exchange,
+    ) -> Pin<Box<impl Future<Output = Response<ReplyBody>> + 'f>> {
         let Routed {
             request,
             needs,
+            ends,
             wish,
             guards,
             limits,
@@ -318,34 +311,35 @@ impl Proxy {
             endpoint,
             lease,
         } = routed;
-        let mut sending = self.pools.send(&target.backend, endpoint, request, needs);
-        async move {
-            let (mut response, loan) = limits.wait(sending.as_mut(), &progress).await?;
-
-            let tunnel = match wish {
-                Some(wish) => wish.answered(&mut response)?,
-                // Nobody asked: the upgrade fields were taken out of the request.
-                None if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-                    return Err(ProxyError::UnaskedUpgrade);
-                }
-                None => None,
+        let mut sending = self
+            .pools
+            .send(&target.backend, endpoint, request, needs, ends);
+        Box::pin(async move {
+            let sent = limits.wait(sending.as_mut(), &progress).await;
+            let translation = exchange.translation();
+            let answer = sent.and_then(|(mut response, loan)| {
+                progress.answered();
+                let ends = answered(&mut response, wish, &mut exchange)?;
+                let survey = Survey::of(response.headers());
+                headers::prepare_response(response.headers_mut(), survey, route, target, &verdict);
+                Ok(Answer {
+                    response,
+                    lease,
+                    loan,
+                    tunnel: ends.map(|ends| Box::new((ends, guards, route.tunnel_idle))),
+                    limits,
+                })
+            });
+            let response = match answer {
+                Ok(answer) => answer.into_response(exchange),
+                Err(error) => error.reply(exchange),
             };
-            let survey = Survey::of(response.headers());
-            let refusal = || ProxyError::UnknownCoding;
-            headers::refuse_transfer_coding(response.headers(), survey, refusal)?;
-            *response.version_mut() = Version::HTTP_11;
-            progress.answered();
-            exchange.answered(response.status());
-            exchange.heard(response.headers());
-            headers::prepare_response(response.headers_mut(), survey, route, target, &verdict);
-            Ok(Answer {
-                response,
-                lease,
-                loan,
-                tunnel: tunnel.map(|ends| Box::new((ends, guards, route.tunnel_idle))),
-                limits,
-            })
-        }
+            match translation {
+                None => response,
+                // Boxed, since few responses are translated.
+                Some(translation) => Box::pin(translation.translate(response)).await,
+            }
+        })
     }
 
     /// The tunnel that a request asks for, if it does.
@@ -373,6 +367,45 @@ impl Proxy {
     fn roll(&self) -> u64 {
         self.dice.borrow_mut().u64(..)
     }
+}
+
+/// Takes note of the head of a response, unless it must not go on; where it leads, if the client has
+/// asked for a tunnel.
+fn answered(
+    response: &mut Response<Incoming>,
+    wish: Option<Box<Wish>>,
+    exchange: &mut Exchange,
+) -> Result<Option<Ends>, ProxyError> {
+    let ends = match wish {
+        Some(wish) => wish.answered(response)?,
+        // Nobody asked: the upgrade fields were taken out of the request.
+        None if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+            return Err(ProxyError::UnaskedUpgrade);
+        }
+        None => None,
+    };
+    let survey = Survey::of(response.headers());
+    let refusal = || ProxyError::UnknownCoding;
+    headers::refuse_transfer_coding(response.headers(), survey, refusal)?;
+    *response.version_mut() = Version::HTTP_11;
+    exchange.answered(response.status());
+    exchange.heard(response.headers());
+    Ok(ends)
+}
+
+/// The reply to a request that is not sent on, as its client understands it.
+fn refuse(
+    error: ProxyError,
+    exchange: Exchange,
+) -> Pin<Box<impl Future<Output = Response<ReplyBody>>>> {
+    let translation = exchange.translation();
+    let reply = error.reply(exchange);
+    Box::pin(async move {
+        match translation {
+            None => reply,
+            Some(translation) => translation.translate(reply).await,
+        }
+    })
 }
 
 // === impl Answer ===
@@ -463,7 +496,7 @@ impl Verdict {
             .any(|network| network.contains(&origin.client));
         let cors = route.filters.cors.as_ref();
         Self {
-            cors: cors.map(|cors| cors.grant(headers)),
+            cors: cors.map(|cors| Box::new(cors.grant(headers))),
             set_cookie: decision
                 .issued_identity()
                 .and_then(headers::anonymous_cookie),

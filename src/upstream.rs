@@ -84,10 +84,11 @@ pub struct Needs {
     pub trailers: bool,
     /// It asks for a tunnel.
     pub tunnel: bool,
-    /// Who the client is and where it has connected to, for endpoints that want to be told so for
-    /// the whole connection.
-    pub client: Option<(SocketAddr, SocketAddr)>,
 }
+
+/// Who the client is and where it has connected to, for endpoints that want to be told so for the
+/// whole connection.
+pub type Ends = (SocketAddr, SocketAddr);
 
 /// How long a request may go on when its response has ended: so that a client which is sent an early
 /// refusal can read it, and one that sends nothing more does not hold on to a connection for ever.
@@ -137,6 +138,8 @@ struct To<'t> {
     backend: &'t Backend,
     endpoint: &'t Endpoint,
     needs: Needs,
+    /// `None` as long as no connection is made.
+    ends: Option<&'t Ends>,
 }
 
 // === impl Pools ===
@@ -169,11 +172,13 @@ where
         endpoint: &'s Endpoint,
         request: Request<B>,
         needs: Needs,
+        ends: Option<Box<Ends>>,
     ) -> Pin<Box<impl Future<Output = Sent<B>> + 's>> {
         let to = To {
             backend,
             endpoint,
             needs,
+            ends: None,
         };
         let begun = match self.take(to).filter(|one| one.takes(needs)) {
             Some(connection) => Ok(self.exchange(to, connection, request)),
@@ -189,6 +194,10 @@ where
                 Err(unsent) => unsent,
             };
             // Boxed, or every request would take the room that making a connection needs.
+            let to = To {
+                ends: ends.as_deref(),
+                ..to
+            };
             Box::pin(self.send_anew(to, *unsent)).await
         })
     }

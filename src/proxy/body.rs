@@ -109,6 +109,10 @@ enum BodyState {
 
 /// The body of a response on its way to the client.
 #[derive(Debug)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "nearly every one is the large one, and a box would cost each an allocation"
+)]
 pub enum ReplyBody {
     /// A reply of our own.
     Local(Full<Bytes>),

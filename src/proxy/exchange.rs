@@ -18,6 +18,7 @@ use super::body::Progress;
 use super::error::client_gone;
 use super::grpc;
 use super::origin::Origin;
+use super::translate::Translation;
 
 /// What the access log says of a client that went away before it had its whole response.
 const CLIENT_GONE: &str = "client_gone";
@@ -47,7 +48,7 @@ pub struct Exchange {
     /// How it ends, if it is a call of gRPC.
     grpc: Grpc,
     /// Its client knows HTTP and JSON, and is sent the status that gRPC's means there.
-    is_translated: bool,
+    translation: Option<Translation>,
     /// The upstream brought no whole response.
     has_failed: bool,
     /// Its line in the access log, if there is one; boxed, since an exchange is moved a few times.
@@ -105,7 +106,7 @@ impl Exchange {
             tunnel: None,
             ended: false,
             grpc: Grpc::No,
-            is_translated: false,
+            translation: None,
             has_failed: false,
             entry: log.map(|log| Box::new(Entry::begin(log, started, request))),
         }
@@ -122,9 +123,14 @@ impl Exchange {
     }
 
     /// It is a call of gRPC from a client that does not know it.
-    pub fn is_translated_call(&mut self) {
+    pub fn is_translated_call(&mut self, translation: &Translation) {
         self.is_call();
-        self.is_translated = true;
+        self.translation = Some(translation.clone());
+    }
+
+    /// What makes its response one that its client understands.
+    pub fn translation(&self) -> Option<Translation> {
+        self.translation.clone()
     }
 
     /// True for a call of gRPC.
@@ -134,7 +140,7 @@ impl Exchange {
 
     /// True for a call of gRPC whose client can be sent trailers at any time.
     pub fn takes_trailers_of_ours(&self) -> bool {
-        self.is_grpc() && (self.protocol == Protocol::Http2 || self.is_translated)
+        self.is_grpc() && (self.protocol == Protocol::Http2 || self.translation.is_some())
     }
 
     /// These trailers, or the head of a response that may be nothing but trailers, say how a call of
@@ -301,7 +307,7 @@ impl Drop for Exchange {
     /// A client that went away before it was sent a status counts as 499, nginx's code for it.
     fn drop(&mut self) {
         let mut status = self.status.unwrap_or_else(client_gone);
-        if let (true, Grpc::Ended(ended)) = (self.is_translated, self.grpc) {
+        if let (Some(_), Grpc::Ended(ended)) = (&self.translation, self.grpc) {
             status = ended.to_http();
         }
         let duration = self.started.elapsed();

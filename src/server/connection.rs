@@ -201,9 +201,9 @@ async fn serve_http1(
     let draining = Cell::new(false);
     let service = service_fn(|request: http::Request<hyper::body::Incoming>| {
         let busy = conduct.begin(!request.body().is_end_stream());
-        let served = proxy.handle(peer, request);
-        async {
-            let mut response = served.await;
+        let (proxy, draining) = (&*proxy, &draining);
+        async move {
+            let mut response = proxy.handle(peer, request).await;
             if draining.get() {
                 // With this hyper closes the connection after the response.
                 response

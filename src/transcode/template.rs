@@ -66,7 +66,7 @@ impl Template {
         };
         let mut rest = Some(rest);
         while let Some(text) = rest {
-            let (taken, tail) = if let Some(inner) = text.strip_prefix('{') {
+            let tail = if let Some(inner) = text.strip_prefix('{') {
                 let (inner, tail) = inner
                     .split_once('}')
                     .ok_or_else(|| malformed("lacks a `}`"))?;
@@ -79,14 +79,12 @@ impl Template {
                     field: field.to_owned(),
                     segments: first..template.segments.len(),
                 });
-                ("", tail)
+                tail
             } else {
-                let end = text.find('/').unwrap_or(text.len());
-                (&text[..end], &text[end..])
+                let (segment, tail) = text.split_at(text.find('/').unwrap_or(text.len()));
+                template.push(segment).map_err(malformed)?;
+                tail
             };
-            if !taken.is_empty() {
-                template.push(taken).map_err(malformed)?;
-            }
             rest = match tail {
                 "" => None,
                 tail => Some(

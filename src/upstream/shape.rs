@@ -99,7 +99,7 @@ mod tests {
         for _ in 0..2 {
             let needs = Needs {
                 trailers: true,
-                ..Needs::default()
+                tunnel: false,
             };
             http2(&mut request, "127.0.0.1:1", true, needs);
             assert_eq!(request.uri(), "https://shop.example.com:8080/path?query");
