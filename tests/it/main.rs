@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod abuse;
 mod access_log;
 mod admin;
 mod balance;
@@ -15,6 +16,7 @@ mod forwarding;
 mod grpc;
 mod headers;
 mod http2;
+mod http2_frames;
 mod paths;
 mod proxy_protocol;
 mod reload;

@@ -1,0 +1,282 @@
+//! Floods and slow clients: each is ended or bounded, others are served meanwhile, and memory comes back.
+//!
+//! Framing (request smuggling) is in `errors` and `forwarding`, paths in `paths`, tunnels in `tunnels`, forged
+//! headers in `headers`.
+
+use std::time::{Duration, Instant};
+
+use tokio::io::AsyncWriteExt;
+
+use crate::support::frames::{
+    CONTINUATION, DATA, END_HEADERS, END_STREAM, End, Frames, HEADERS, PING, RST_STREAM, SETTINGS,
+    WINDOW_UPDATE, field, frame, get,
+};
+use crate::support::{Client, Proxy, Raw, Upstream, eventually, single};
+
+const WHOLE: u8 = END_HEADERS | END_STREAM;
+
+async fn start(listener: &str) -> (Proxy, Upstream) {
+    let upstream = Upstream::start("one").await;
+    let listener = format!("listeners: [ {{ name: web, address: '127.0.0.1:0'{listener} }} ]\n");
+    let proxy = Proxy::start(&format!(
+        "{listener}workers: 1\n{}",
+        single(upstream.address, "")
+    ));
+    (proxy, upstream)
+}
+
+/// Others are served, and nothing of the flood is left.
+async fn all_is_well(proxy: &Proxy) {
+    assert_eq!(
+        Client::h2c(proxy.address())
+            .await
+            .get("/", &[])
+            .await
+            .text(),
+        "one"
+    );
+    assert_eq!(
+        Client::connect(proxy.address())
+            .await
+            .get("/", &[])
+            .await
+            .text(),
+        "one"
+    );
+    eventually("its connections are gone", || {
+        proxy.app().connections().iter().sum::<usize>() == 0
+    })
+    .await;
+    eventually("its requests are gone", || {
+        proxy.metric("serin_requests_in_flight", &[("route", "all")]) == 0.0
+    })
+    .await;
+}
+
+/// Sends these frames over and over; true when the connection was ended before all were sent.
+async fn floods(proxy: &Proxy, times: u32, mut bytes: impl FnMut(u32) -> Vec<u8>) -> End {
+    let mut connection = Frames::connect(proxy.address()).await;
+    for number in 0..times {
+        if !connection.raw(&bytes(number)).await {
+            break;
+        }
+    }
+    connection.end_of(u32::MAX).await
+}
+
+fn is_ended(end: &End) -> bool {
+    matches!(end, End::Connection(_))
+}
+
+/// CVE-2023-44487: streams opened and reset at once.
+#[tokio::test]
+async fn rapid_reset() {
+    let (proxy, upstream) = start(", timeouts: { idle: 500ms }").await;
+    let end = floods(&proxy, 20_000, |number| {
+        let stream = number * 2 + 1;
+        let cancel = frame(RST_STREAM, 0, stream, &[0, 0, 0, 8]);
+        [frame(HEADERS, WHOLE, stream, &get("/hold")), cancel].concat()
+    })
+    .await;
+    assert!(is_ended(&end), "{end:?}");
+    assert!(
+        upstream.requests() < 2_000,
+        "{} requests went through",
+        upstream.requests()
+    );
+    all_is_well(&proxy).await;
+}
+
+/// CVE-2025-8671: the server is made to reset streams that it works on.
+#[tokio::test]
+async fn made_you_reset() {
+    let (proxy, upstream) = start(", timeouts: { idle: 500ms }").await;
+    let end = floods(&proxy, 20_000, |number| {
+        let stream = number * 2 + 1;
+        // A window update of nothing is an error of the stream.
+        let provoke = frame(WINDOW_UPDATE, 0, stream, &[0, 0, 0, 0]);
+        [frame(HEADERS, WHOLE, stream, &get("/hold")), provoke].concat()
+    })
+    .await;
+    assert!(is_ended(&end), "{end:?}");
+    assert!(
+        upstream.requests() < 5_000,
+        "{} requests went through",
+        upstream.requests()
+    );
+    all_is_well(&proxy).await;
+}
+
+/// CVE-2024-27316: a head that never ends.
+#[tokio::test]
+async fn continuation_flood() {
+    let (proxy, upstream) = start("").await;
+    let end = floods(&proxy, 20_000, |number| match number {
+        0 => frame(HEADERS, END_STREAM, 1, &get("/")),
+        _ => frame(CONTINUATION, 0, 1, &field("x-more", &"x".repeat(100))),
+    })
+    .await;
+    assert!(is_ended(&end), "{end:?}");
+    assert_eq!(upstream.requests(), 0);
+    all_is_well(&proxy).await;
+}
+
+/// A field in the table of 4 KiB, named by a byte over and over: 16 KiB of frame are 60 MiB of head.
+#[tokio::test]
+async fn hpack_bomb() {
+    let (proxy, upstream) = start(", timeouts: { idle: 500ms }").await;
+    let mut connection = Frames::connect(proxy.address()).await;
+    // With indexing, so that it gets the first index of the dynamic table, 62.
+    let value = "x".repeat(3900);
+    let mut indexed = vec![0x40, 1, b'x', 0x7f];
+    let rest = value.len() - 127;
+    indexed.extend([(rest & 0x7f) as u8 | 0x80, (rest >> 7) as u8]);
+    indexed.extend(value.as_bytes());
+    let block = [get("/"), indexed, vec![0x80 | 62; 12_000]].concat();
+    connection.send(HEADERS, WHOLE, 1, &block).await;
+    let end = connection.end_of(1).await;
+    // It is answered with 431, or ended; it does not go on.
+    assert!(!matches!(end, End::Stream(0)), "{end:?}");
+    assert_eq!(upstream.requests(), 0);
+    drop(connection);
+    all_is_well(&proxy).await;
+}
+
+/// Frames that cost the server an answer each, and are not read: what waits is bounded.
+#[tokio::test]
+async fn settings_and_ping_floods() {
+    for kind in [SETTINGS, PING] {
+        let (proxy, _upstream) = start(", timeouts: { write: 500ms, idle: 2s }").await;
+        let payload: &[u8] = if kind == PING { &[0; 8] } else { &[] };
+        let mut connection = Frames::connect(proxy.address()).await;
+        let bytes = frame(kind, 0, 0, payload).repeat(1000);
+        let before = resident_kib();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let mut sent = 0;
+        while Instant::now() < deadline && sent < 20_000 {
+            let written = tokio::time::timeout(Duration::from_millis(200), connection.raw(&bytes));
+            match written.await {
+                Ok(true) => sent += 1000,
+                // It reads no more, or has ended the connection.
+                Ok(false) | Err(_) => break,
+            }
+        }
+        let grown = resident_kib().saturating_sub(before);
+        assert!(grown < 64 << 10, "{kind}: {grown} KiB for {sent} frames");
+        assert_eq!(
+            Client::h2c(proxy.address())
+                .await
+                .get("/", &[])
+                .await
+                .text(),
+            "one"
+        );
+        drop(connection);
+        all_is_well(&proxy).await;
+    }
+}
+
+/// Frames without anything in them, which never end a request.
+#[tokio::test]
+async fn empty_data_flood() {
+    let (proxy, upstream) = start(", timeouts: { requestBody: 500ms, idle: 500ms }").await;
+    let mut connection = Frames::connect(proxy.address()).await;
+    connection
+        .send(HEADERS, END_HEADERS, 1, &get("/sink"))
+        .await;
+    let bytes = frame(DATA, 0, 1, &[]).repeat(1000);
+    for _ in 0..50 {
+        if !connection.raw(&bytes).await {
+            break;
+        }
+    }
+    assert_eq!(
+        Client::h2c(proxy.address())
+            .await
+            .get("/", &[])
+            .await
+            .text(),
+        "one"
+    );
+    drop(connection);
+    all_is_well(&proxy).await;
+    assert!(upstream.requests() >= 1);
+}
+
+/// A head that comes byte by byte, and one that never comes.
+#[tokio::test]
+async fn slow_heads() {
+    let (proxy, upstream) =
+        start(", timeouts: { firstByte: 300ms, requestHead: 400ms, idle: 600ms }").await;
+    let mut silent = Raw::connect(proxy.address()).await;
+    let mut slow = Raw::connect(proxy.address()).await;
+    let begun = Instant::now();
+    slow.send("GET / HTTP/1.1\r\nhost: a\r\n").await;
+    while slow.stream.write_all(b"x: y\r\n").await.is_ok() {
+        assert!(
+            begun.elapsed() < Duration::from_secs(20),
+            "it may go on for ever"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(silent.read_to_end().await, "");
+    // Also between two requests, and the second head.
+    let mut second = Raw::connect(proxy.address()).await;
+    second.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    second.read_until("one").await;
+    second.send("GET /").await;
+    let begun = Instant::now();
+    assert_eq!(second.read_to_end().await, "");
+    assert!(begun.elapsed() < Duration::from_secs(20));
+    assert_eq!(upstream.requests(), 1);
+    all_is_well(&proxy).await;
+}
+
+/// A body that stops.
+#[tokio::test]
+async fn slow_bodies() {
+    let (proxy, _upstream) = start(", timeouts: { requestBody: 300ms, idle: 600ms }").await;
+    let mut slow = Raw::connect(proxy.address()).await;
+    slow.send("POST /sink HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\nhalf")
+        .await;
+    let reply = slow.read_to_end().await;
+    assert!(reply.starts_with("HTTP/1.1 408"), "{reply}");
+    let mut frames = Frames::connect(proxy.address()).await;
+    frames.send(HEADERS, END_HEADERS, 1, &get("/sink")).await;
+    assert_eq!(frames.end_of(1).await, End::Answered);
+    drop(frames);
+    all_is_well(&proxy).await;
+}
+
+/// Clients that ask for much and read nothing: what is held for each is bounded, and it is given up.
+#[tokio::test]
+async fn slow_readers() {
+    let (proxy, _upstream) = start(", timeouts: { write: 500ms, idle: 1s }").await;
+    let before = resident_kib();
+    let mut clients = Vec::new();
+    for _ in 0..50 {
+        let mut raw = Raw::connect(proxy.address()).await;
+        raw.send("GET /bytes/10000000 HTTP/1.1\r\nhost: a\r\n\r\n")
+            .await;
+        clients.push(raw);
+        let mut frames = Frames::connect(proxy.address()).await;
+        frames
+            .send(HEADERS, WHOLE, 1, &get("/bytes/10000000"))
+            .await;
+        let _ = frames.next().await;
+    }
+    // The upstream of the test holds each body whole: 10 MB times the clients that it has not sent it to.
+    let grown = resident_kib().saturating_sub(before);
+    assert!(grown < 1_500_000, "{grown} KiB for 100 clients");
+    all_is_well(&proxy).await;
+    drop(clients);
+}
+
+fn resident_kib() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
