@@ -23,7 +23,7 @@ pub struct Canonical<'p> {
 /// Why it is refused: a segment `.` or `..`, escaped or not, a backslash, a NUL, or a `%` that
 /// begins no escape.
 pub fn canonical(path: &str) -> Result<Canonical<'_>, &'static str> {
-    if memchr::memchr2(b'%', b'\\', path.as_bytes()).is_none() {
+    if memchr::memchr3(b'%', b'\\', 0, path.as_bytes()).is_none() {
         refuse_dots(path)?;
         return Ok(Canonical {
             path: Cow::Borrowed(path),
@@ -36,6 +36,7 @@ pub fn canonical(path: &str) -> Result<Canonical<'_>, &'static str> {
     while let Some((&byte, tail)) = rest.split_first() {
         rest = tail;
         match byte {
+            0 => return Err("the path has a NUL"),
             b'\\' => return Err("the path has a backslash"),
             b'%' => {
                 let (escaped, tail) = unescape(tail).ok_or("the path has a malformed escape")?;

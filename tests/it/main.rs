@@ -13,6 +13,7 @@ mod cli;
 mod errors;
 mod filters;
 mod forwarding;
+mod fuzz;
 mod grpc;
 mod headers;
 mod http2;

@@ -1,0 +1,114 @@
+//! What is fuzzed: each function takes any bytes, and panics where something that must hold does not.
+//!
+//! `cargo +nightly fuzz run NAME` runs them under libFuzzer; the integration tests run them on the corpus, and on
+//! mutations of it, with any toolchain.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::rc::Rc;
+
+use http::Request;
+use serin::config::load::{ListFailure, load_text};
+use serin::control::offline_snapshot;
+use serin::proxy::headers::Survey;
+use serin::proxy::origin::{Origin, Peer, canonical_target, head, host};
+use serin::proxy_protocol;
+use serin::routing::path::canonical;
+
+/// A configuration: whatever it is, reading it ends, and what is sound can be compiled.
+pub(crate) fn config(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let mut no_lists = |_: &_| Err(ListFailure::Unreadable("is not there".to_owned()));
+    match load_text(Path::new("/nonexistent/serin.yaml"), text, &mut no_lists) {
+        Ok(loaded) => drop(offline_snapshot(&loaded)),
+        Err(problems) => assert!(problems.errors() > 0, "refused without a reason"),
+    }
+}
+
+/// A request target: what is matched has one form, without dots to climb by.
+pub(crate) fn target(bytes: &[u8]) {
+    let Ok(path) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let Ok(once) = canonical(path) else {
+        return;
+    };
+    let again = canonical(&once.path).expect("what is canonical is accepted");
+    assert_eq!(again.path, once.path);
+    let decoded = once.path.replace("%2F", "/");
+    assert!(
+        !decoded
+            .split('/')
+            .any(|segment| matches!(segment, "." | "..") && decoded.contains("/."))
+    );
+    assert!(!once.path.contains('\\') && !once.path.contains('\0'));
+    let Ok(request) = Request::get(path).body(()) else {
+        return;
+    };
+    let mut parts = request.into_parts().0;
+    if canonical_target(&mut parts).is_ok() {
+        let snapshot = snapshot();
+        let found = snapshot.find(&head(&parts, "a.example", [127, 0, 0, 1].into()));
+        assert_eq!(
+            found.is_some(),
+            parts.uri.path() == "/shop" || parts.uri.path().starts_with("/shop/")
+        );
+    }
+}
+
+/// A Host field: what is accepted is a host in one form.
+pub(crate) fn host_field(bytes: &[u8]) {
+    let Ok(request) = Request::get("/").header("host", bytes).body(()) else {
+        return;
+    };
+    let parts = request.into_parts().0;
+    if let Ok(host) = host(&parts, Survey::of(&parts.headers)) {
+        assert!(!host.contains(['@', ',', '/', '?', '#', ' ']), "{host:?}");
+        assert!(!host.bytes().any(|byte| byte.is_ascii_uppercase()));
+    }
+}
+
+/// X-Forwarded-For from a trusted peer: there is always a client.
+pub(crate) fn forwarded(bytes: &[u8]) {
+    let peer_address: SocketAddr = ([127, 0, 0, 1], 1).into();
+    let listener: SocketAddr = ([127, 0, 0, 1], 8080).into();
+    let peer = Peer::new(listener, peer_address, Rc::new(()));
+    let Ok(request) = Request::get("/").header("x-forwarded-for", bytes).body(()) else {
+        return;
+    };
+    let snapshot = snapshot();
+    let origin = Origin::new(&snapshot, &peer, request.headers());
+    assert!(origin.trusted);
+    let is_named = String::from_utf8_lossy(bytes).contains(&origin.client.to_string());
+    let is_peer = origin.client == peer_address.ip();
+    // An address may be written in many ways, so the text need not be there; but nobody is made up for nothing.
+    assert!(is_peer || is_named || !bytes.is_empty());
+}
+
+/// A header of the PROXY protocol.
+pub(crate) fn proxy_header(bytes: &[u8]) {
+    if let Ok(Some(client)) = proxy_protocol::parse(bytes) {
+        for version in [proxy_protocol::Version::V1, proxy_protocol::Version::V2] {
+            let written = proxy_protocol::header(version, client, client).expect("addresses fit");
+            let read = proxy_protocol::parse(&written).expect("what is written is read");
+            let read = read.expect("an address");
+            assert_eq!(
+                (read.ip().to_canonical(), read.port()),
+                (client.ip().to_canonical(), client.port())
+            );
+        }
+    }
+}
+
+fn snapshot() -> serin::snapshot::Snapshot {
+    let text = "
+listeners: [ { name: web, address: '127.0.0.1:8080', trustedProxies: [ 127.0.0.0/8, 10.0.0.0/8 ] } ]
+backends: [ { name: only, endpoints: [ '127.0.0.1:1' ] } ]
+routes: [ { name: shop, matches: [ { path: { value: /shop } } ], backendRefs: [ { name: only } ], escapedSlashes: keep } ]
+";
+    let mut no_lists = |_: &_| Err(ListFailure::Unreadable("is not there".to_owned()));
+    let loaded = load_text(Path::new("/nonexistent/serin.yaml"), text, &mut no_lists);
+    offline_snapshot(&loaded.expect("it is sound"))
+}
