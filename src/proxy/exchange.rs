@@ -172,6 +172,9 @@ impl Exchange {
     pub fn came_from(&mut self, origin: &Origin<'_>) {
         if let Some(entry) = &mut self.entry {
             entry.text("client_ip", &origin.client_text());
+            if let Some(tls) = &origin.peer.tls {
+                entry.text("tls_version", tls.version);
+            }
         }
     }
 
