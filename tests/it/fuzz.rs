@@ -14,7 +14,6 @@ fn run(name: &str, target: fn(&[u8]), mutations: usize) {
         .duration_since(UNIX_EPOCH)
         .unwrap()
         .as_nanos() as u64;
-    println!("{name}: seed {seed}");
     let mut dice = fastrand::Rng::with_seed(seed);
     let mut files: Vec<_> = fs::read_dir(format!("fuzz/corpus/{name}"))
         .unwrap()
@@ -30,7 +29,7 @@ fn run(name: &str, target: fn(&[u8]), mutations: usize) {
             let outcome = std::panic::catch_unwind(|| target(&mutant));
             assert!(
                 outcome.is_ok(),
-                "{}: {:?}",
+                "{}, seed {seed}: {:?}",
                 file.display(),
                 String::from_utf8_lossy(&mutant)
             );
