@@ -125,6 +125,14 @@ impl Conduct {
         }
     }
 
+    /// Gives the client its turn anew: it has sent nothing, but for a good reason.
+    pub(super) fn rest(&self) {
+        let mut state = self.lock();
+        state.turn_ends = Instant::now() + self.limits.idle;
+        let ends = state.turn_ends;
+        self.arm(&mut state, ends);
+    }
+
     fn came(&self) {
         let mut state = self.lock();
         if self.watches_heads && state.requests == 0 && !mem::replace(&mut state.in_head, true) {

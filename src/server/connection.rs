@@ -7,7 +7,7 @@ use std::io;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -32,7 +32,7 @@ use crate::stream::Stream;
 use crate::tls::server::ServerTls;
 
 use super::Phase;
-use super::conduct::{Conduct, Watched};
+use super::conduct::{Conduct, Outlasted, Watched};
 use super::streams::{Served, StreamExecutor};
 use super::worker::{Accepted, Serving};
 
@@ -233,7 +233,7 @@ async fn serve_http1(
         None => {
             // Closes an idle connection now, and another one after its response.
             connection.as_mut().graceful_shutdown();
-            until_outlasted(connection, &conduct).await
+            until_outlasted(connection, &conduct, || false).await
         }
     }
 }
@@ -246,6 +246,7 @@ async fn serve_http2(
     settings: &config::Listener,
 ) -> hyper::Result<()> {
     let conduct = Conduct::new(settings.timeouts, false, ready.timeout);
+    let guards = Rc::clone(&peer.guards);
     let executor = StreamExecutor::new(proxy.timer().0, settings.timeouts.write);
     let builder = http2_builder(executor.clone(), &settings.http2, settings.limits);
     let watched = Watched::new(ready.stream, Arc::clone(&conduct));
@@ -259,9 +260,11 @@ async fn serve_http2(
         }
     });
     let conduct = watched.conduct();
+    // Held by the peer and here; by more as long as there is a tunnel, which is a use without requests.
+    let has_tunnels = || Rc::strong_count(&guards) > 2;
     let mut connection = pin!(builder.serve_connection(watched, service));
     let ended = {
-        let mut watched = pin!(until_outlasted(connection.as_mut(), &conduct));
+        let mut watched = pin!(until_outlasted(connection.as_mut(), &conduct, has_tunnels));
         tokio::select! {
             biased;
             // The sender's end is a drop, which says the same as `Draining`.
@@ -274,7 +277,7 @@ async fn serve_http2(
         None => {
             // Says which streams are the last ones (GOAWAY), and serves those to their end.
             connection.as_mut().graceful_shutdown();
-            until_outlasted(connection, &conduct).await
+            until_outlasted(connection, &conduct, has_tunnels).await
         }
     }
 }
@@ -324,29 +327,37 @@ async fn until_drained<C: Future<Output = hyper::Result<()>>>(
                 return Poll::Ready(None);
             }
         }
-        poll_watched(connection.as_mut(), conduct, cx).map(Some)
+        poll_watched(connection.as_mut(), conduct, &|| false, cx).map(Some)
     })
     .await
 }
 
-/// Serves a connection until it ends, or its client has taken too long for something.
+/// Serves a connection until it ends, or its client has taken too long for something; `is_used` says
+/// whether it is in use without any request.
 async fn until_outlasted<C: Future<Output = hyper::Result<()>>>(
     mut connection: Pin<&mut C>,
     conduct: &Conduct,
+    is_used: impl Fn() -> bool,
 ) -> hyper::Result<()> {
-    poll_fn(|cx| poll_watched(connection.as_mut(), conduct, cx)).await
+    poll_fn(|cx| poll_watched(connection.as_mut(), conduct, &is_used, cx)).await
 }
 
 fn poll_watched<C: Future<Output = hyper::Result<()>>>(
     connection: Pin<&mut C>,
     conduct: &Conduct,
+    is_used: &impl Fn() -> bool,
     cx: &mut std::task::Context<'_>,
 ) -> Poll<hyper::Result<()>> {
-    match connection.poll(cx) {
-        Poll::Pending => conduct.poll_outlasted(cx).map(|what| {
-            debug!(?what, "a client took too long");
-            Ok(())
-        }),
-        ended => ended,
+    if let Poll::Ready(ended) = connection.poll(cx) {
+        return Poll::Ready(ended);
+    }
+    loop {
+        let what = ready!(conduct.poll_outlasted(cx));
+        if what == Outlasted::Idle && is_used() {
+            conduct.rest();
+            continue;
+        }
+        debug!(?what, "a client took too long");
+        return Poll::Ready(Ok(()));
     }
 }

@@ -42,8 +42,8 @@ pub(super) struct StreamExecutor {
     timeouts: Arc<Timeouts>,
     limit: Duration,
     /// The clock of the stream that is about to be executed: hyper executes what a service returned
-    /// right after it has called it.
-    next: Rc<RefCell<Rc<StreamClock>>>,
+    /// right after it has called it. What it executes besides (the writing end of a tunnel) has none.
+    next: Rc<RefCell<Option<Rc<StreamClock>>>>,
 }
 
 pin_project! {
@@ -118,16 +118,19 @@ impl StreamExecutor {
     /// A clock for the stream that is executed next.
     pub(super) fn next_stream(&self) -> Rc<StreamClock> {
         let clock = Rc::default();
-        *self.next.borrow_mut() = Rc::clone(&clock);
+        *self.next.borrow_mut() = Some(Rc::clone(&clock));
         clock
     }
 }
 
-impl<F: Future + 'static> Executor<F> for StreamExecutor {
+impl<F: Future<Output: 'static> + 'static> Executor<F> for StreamExecutor {
     fn execute(&self, stream: F) {
+        let Some(clock) = self.next.take() else {
+            return drop(tokio::task::spawn_local(stream));
+        };
         drop(tokio::task::spawn_local(Supervised {
             stream,
-            clock: Rc::clone(&self.next.borrow()),
+            clock,
             timeouts: Arc::clone(&self.timeouts),
             limit: self.limit,
             timeout: None,

@@ -110,6 +110,33 @@ async fn a_tunnel_through_which_nothing_goes_is_closed_and_a_busy_one_is_not() {
     assert!(!matches!(busy.next().await, Some(Ok(_))));
 }
 
+/// In HTTP/2 the connection that carries a tunnel has no request, and is not idle all the same; nor is
+/// the tunnel as slow as another stream of the connection.
+#[tokio::test]
+async fn a_connection_that_carries_a_tunnel_is_not_idle() {
+    let listener = "listeners: [ { name: web, address: '127.0.0.1:0', timeouts: { idle: 200ms, write: 200ms, requestHead: 200ms } } ]\n";
+    let proxy = Proxy::start(&(listener.to_owned() + &behind(http1().await, "http1", "")));
+    let mut client = Client::h2c(proxy.address()).await;
+    let mut upgraded = by_upgrade(proxy.address()).await;
+    let mut tunnel = by_connect(&mut client).await.unwrap();
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        send(&mut tunnel, Message::text("still here"))
+            .await
+            .unwrap();
+        assert!(tunnel.next().await.unwrap().unwrap().is_text());
+        send(&mut upgraded, Message::text("still here"))
+            .await
+            .unwrap();
+        assert!(upgraded.next().await.unwrap().unwrap().is_text());
+    }
+    drop((tunnel, upgraded));
+    eventually("then it is idle", || {
+        proxy.app().connections().iter().sum::<usize>() == 0
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_drain_waits_for_tunnels_and_cuts_them_off_at_its_limit() {
     let upstream = http1().await;
