@@ -253,7 +253,8 @@ impl Proxy {
             tunnel: wish.is_some(),
         };
         let is_told = backend.transport.proxy_protocol.is_some();
-        headers::prepare_request(&mut parts, survey, route, endpoint, &origin);
+        let subjects = &snapshot.subject_headers;
+        headers::prepare_request(&mut parts, survey, route, endpoint, subjects, &origin);
         headers::rewrite(&mut parts, route, matched);
         backend.request_headers.apply(&mut parts.headers);
         if let Some(wish) = &wish {
@@ -265,6 +266,7 @@ impl Proxy {
             gap: origin.body_gap().filter(|_| !is_call),
             timeout: self.timeouts.timeout(),
             route: Arc::clone(route),
+            subject_headers: snapshot.subject_headers.clone(),
         };
         let (body, progress) = match translation {
             None => RequestBody::new(body, exchange.decided_at(), rules),

@@ -46,6 +46,9 @@ pub struct Snapshot {
     pub routes: Vec<Arc<Route>>,
     /// The backends in the order of the file.
     pub backends: Vec<Arc<Backend>>,
+    /// Headers in which some listener passes on the subject of a client's certificate: from nobody
+    /// else they may come, through whatever listener.
+    pub subject_headers: Vec<HeaderName>,
     /// Where a line for each request goes.
     pub access_log: Option<Arc<AccessLog>>,
     table: RouteTable,
@@ -167,6 +170,19 @@ pub fn compile(
             .map(|listener| compile_listener(listener, &mut living.tickets))
             .collect(),
         draining_listeners: Vec::new(),
+        subject_headers: config
+            .listeners
+            .iter()
+            .filter_map(|listener| {
+                listener
+                    .tls
+                    .as_ref()?
+                    .clients
+                    .as_ref()?
+                    .subject_header
+                    .clone()
+            })
+            .collect(),
         access_log: None,
         routes: config
             .routes

@@ -329,8 +329,10 @@ where
             Connected::Http1(dedicated) => Ok(Connection::Http1(dedicated)),
             Connected::Http2(shared) => {
                 let claim = shared.claim();
+                // Meanwhile connections may have to be made with other settings.
                 if to.is_pooled()
                     && let Some(pool) = self.pools.borrow_mut().get_mut(&to.endpoint.id)
+                    && pool.fingerprint == to.backend.transport.fingerprint
                 {
                     pool.shared.push(shared);
                 }
@@ -415,6 +417,7 @@ impl<B> Pool<B> {
             self.fingerprint = fingerprint;
             self.idle.clear();
             self.shared.clear();
+            self.opening = None;
         }
     }
 }
@@ -429,7 +432,8 @@ struct Opener<B> {
 impl<B> Drop for Opener<B> {
     fn drop(&mut self) {
         if let Some(pool) = self.pools.pools.borrow_mut().get_mut(&self.endpoint) {
-            pool.opening = None;
+            pool.opening
+                .take_if(|opening| Rc::ptr_eq(opening, &self.opening));
         }
         self.opening.end();
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
+use http::header::HeaderName;
 use http_body_util::Full;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use tokio::time::{Duration, Instant};
@@ -54,6 +55,8 @@ pub struct BodyRules {
     pub timeout: Timeout,
     /// Whose guarded headers may not come as trailers.
     pub route: Arc<Route>,
+    /// What else may not.
+    pub subject_headers: Vec<HeaderName>,
 }
 
 /// Why the body of a request breaks off.
@@ -277,7 +280,11 @@ impl RequestBody {
                 return Some(Err(RequestBodyError::TooLarge));
             }
             if let Some(trailers) = frame.trailers_mut() {
-                headers::remove_unsafe_trailers(trailers, &rules.route.guarded_headers);
+                headers::remove_unsafe_trailers(
+                    trailers,
+                    &rules.route.guarded_headers,
+                    &rules.subject_headers,
+                );
             }
         }
         Some(Ok(frame))

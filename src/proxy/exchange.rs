@@ -280,6 +280,11 @@ impl Exchange {
         self.failed("http_response_timeout");
     }
 
+    /// Nothing has gone through its tunnel for too long.
+    pub fn rested(&mut self) {
+        self.failed("tunnel_idle");
+    }
+
     /// True when the client went away within its body, or sent something that is no body.
     pub fn was_broken_by_client(&self) -> bool {
         self.request_body

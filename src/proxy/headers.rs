@@ -229,6 +229,7 @@ pub fn prepare_request(
     survey: Survey,
     route: &Route,
     endpoint: &Endpoint,
+    subject_headers: &[HeaderName],
     origin: &Origin<'_>,
 ) {
     let headers = &mut parts.headers;
@@ -249,13 +250,13 @@ pub fn prepare_request(
             headers.remove(name);
         }
     }
+    for name in subject_headers {
+        headers.remove(name);
+    }
     if let Some(tls) = &origin.peer.tls
-        && let Some((name, subject)) = &tls.subject
+        && let Some((name, Some(subject))) = &tls.subject
     {
-        match subject {
-            Some(subject) => drop(headers.insert(name, subject.clone())),
-            None => drop(headers.remove(name)),
-        }
+        headers.insert(name, subject.clone());
     }
     let host = headers.get(HOST).cloned();
     let host = host.or_else(|| authority_value(&parts.uri).inspect(|host| set_host(headers, host)));
@@ -402,11 +403,16 @@ fn may_not_be_nominated(name: &HeaderName) -> bool {
 }
 
 /// What may not come in the head from anybody may not come behind the body either.
-pub(super) fn remove_unsafe_trailers(trailers: &mut HeaderMap, guarded: &[HeaderName]) {
+pub(super) fn remove_unsafe_trailers(
+    trailers: &mut HeaderMap,
+    guarded: &[HeaderName],
+    subject_headers: &[HeaderName],
+) {
     let is_unsafe = |name: &HeaderName| {
         name.as_str().contains('_')
             || may_not_be_nominated(name)
             || guarded.contains(name)
+            || subject_headers.contains(name)
             || HOP_BY_HOP.contains(name)
     };
     let unsafe_names: Vec<HeaderName> = trailers

@@ -73,15 +73,15 @@ impl Tunnel {
         let ended = {
             let mut copying = pin!(copy_bidirectional(&mut client, &mut upstream));
             poll_fn(|cx| match copying.as_mut().poll(cx) {
-                Poll::Pending => poll_idle(&timeout, idle, &last, cx).map(Err),
-                ended => ended,
+                Poll::Pending => poll_idle(&timeout, idle, &last, cx).map(|()| None),
+                ended => ended.map(Some),
             })
             .await
         };
         match ended {
-            Ok(_) => exchange.ended(),
-            Err(error) if error.kind() == io::ErrorKind::TimedOut => exchange.outlasted(),
-            Err(error) => debug!(%error, "a tunnel broke"),
+            Some(Ok(_)) => exchange.ended(),
+            Some(Err(error)) => debug!(%error, "a tunnel broke"),
+            None => exchange.rested(),
         }
         exchange.tunnelled(client.bytes.get(), upstream.bytes.get());
     }
@@ -93,7 +93,7 @@ fn poll_idle(
     idle: Option<Duration>,
     last: &Cell<Instant>,
     cx: &Context<'_>,
-) -> Poll<io::Error> {
+) -> Poll<()> {
     let Some(idle) = idle else {
         return Poll::Pending;
     };
@@ -101,9 +101,7 @@ fn poll_idle(
     if ends > Instant::now() {
         timeout.set(Some(ends));
     }
-    timeout
-        .poll_passed(cx)
-        .map(|()| io::ErrorKind::TimedOut.into())
+    timeout.poll_passed(cx)
 }
 
 // === impl Counted ===

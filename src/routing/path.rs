@@ -68,7 +68,12 @@ pub fn canonical(path: &str) -> Result<Canonical<'_>, &'static str> {
 }
 
 fn refuse_dots(path: &str) -> Result<(), &'static str> {
-    let is_dots = |segment: &str| matches!(segment, "." | "..");
+    // What follows a semicolon is a parameter to some servers, which look at the rest alone.
+    let is_dots = |segment: &str| {
+        let name = segment.split(';').next().unwrap_or_default();
+        let name = name.split("%3B").next().unwrap_or_default();
+        matches!(name, "." | "..")
+    };
     if path.contains("/.") && path.split('/').any(is_dots) {
         return Err("the path has a segment of dots");
     }
@@ -125,6 +130,9 @@ mod tests {
             "/a\\b",
             "/a%5cb",
             "/a%00",
+            "/a/..;/b",
+            "/a/..;x=y/b",
+            "/a/..%3b/b",
             "/a%2f..%2fb",
             "/a%",
             "/a%2",

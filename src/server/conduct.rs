@@ -133,6 +133,11 @@ impl Conduct {
         self.arm(&mut state, ends);
     }
 
+    /// The connection leaves HTTP: nothing that comes is thrown away any more.
+    pub(super) fn becomes_tunnel(&self) {
+        self.lock().had_body = false;
+    }
+
     fn came(&self) {
         let mut state = self.lock();
         if self.watches_heads && state.requests == 0 && !mem::replace(&mut state.in_head, true) {

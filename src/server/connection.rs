@@ -11,6 +11,7 @@ use std::task::{Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use http::StatusCode;
 use http::header::{CONNECTION, HeaderValue};
 use hyper::body::Body;
 use hyper::rt::{Read, ReadBuf};
@@ -201,10 +202,12 @@ async fn serve_http1(
     let draining = Cell::new(false);
     let service = service_fn(|request: http::Request<hyper::body::Incoming>| {
         let busy = conduct.begin(!request.body().is_end_stream());
-        let (proxy, draining) = (&*proxy, &draining);
+        let (proxy, draining, conduct) = (&*proxy, &draining, &conduct);
         async move {
             let mut response = proxy.handle(peer, request).await;
-            if draining.get() {
+            if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                conduct.becomes_tunnel();
+            } else if draining.get() {
                 // With this hyper closes the connection after the response.
                 response
                     .headers_mut()

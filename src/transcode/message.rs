@@ -74,6 +74,7 @@ impl Call {
         }
         // Last, since the path has decided who is asked.
         for (field, text) in &self.captures {
+            rename(&mut message, &input, field)?;
             take(&mut message, field);
             put(&mut message, &input, field, text)?;
         }
@@ -211,6 +212,33 @@ fn put(
         object.insert(name, value);
     }
     Ok(())
+}
+
+/// Gives the fields on a path the names of the definition: JSON may call them otherwise, and who says
+/// one field twice could mean another than the path did.
+fn rename(
+    object: &mut Map<String, Value>,
+    message: &MessageDescriptor,
+    path: &str,
+) -> Result<(), String> {
+    let (first, rest) = path
+        .split_once('.')
+        .map_or((path, None), |(first, rest)| (first, Some(rest)));
+    let Some(field) = field_at(message, first) else {
+        return Ok(());
+    };
+    if field.name() != field.json_name()
+        && let Some(value) = object.remove(field.json_name())
+        && object.insert(field.name().to_owned(), value).is_some()
+    {
+        return Err(format!("`{}` is there twice", field.name()));
+    }
+    match (rest, field.kind(), object.get_mut(field.name())) {
+        (Some(rest), Kind::Message(inner), Some(Value::Object(object))) => {
+            rename(object, &inner, rest)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Takes a field away, whatever it is called.

@@ -212,6 +212,31 @@ async fn clients_are_asked_for_certificates_and_their_subject_is_passed_on() {
 }
 
 #[tokio::test]
+async fn nobody_else_may_say_whose_certificate_a_client_has() {
+    let upstream = Upstream::start("one").await;
+    let authority = Authority::new("tests");
+    let config = format!(
+        "listeners:
+  - {{ name: web, address: '127.0.0.1:0' }}
+  - name: secure
+    address: '127.0.0.1:0'
+    tls:
+      certificates: [ {{ certificateFile: one.crt, keyFile: one.key }} ]
+      clientCa: {{ file: ours.pem, subjectHeader: x-client-subject }}
+{}",
+        single(upstream.address, "")
+    );
+    let proxy = Proxy::start_with(&config, |directory| {
+        authority.issue(&["a"]).write(directory, "one");
+        fs::write(directory.join("ours.pem"), &authority.pem).unwrap();
+    });
+    let mut client = Client::connect(proxy.address()).await;
+    let forged = [("x-client-subject", "CN=admin")];
+    let seen = client.get("/head", &forged).await;
+    assert!(!seen.text().contains("x-client-subject"), "{}", seen.text());
+}
+
+#[tokio::test]
 async fn a_changed_certificate_is_taken_over_and_connections_stay() {
     let upstream = Upstream::start("one").await;
     let authority = Authority::new("tests");

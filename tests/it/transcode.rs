@@ -106,13 +106,13 @@ async fn path_query_and_body_become_the_message() {
             "PATCH",
             "/v1/notes/9/author?text=by",
             r#"{"name": "Ann", "age": 30}"#,
-            json!({ "text": "by", "number": 9, "author": { "name": "Ann", "age": 30 } }),
+            json!({ "text": "by", "number": 9, "author": { "name": "Ann", "age": 30, "penName": "" } }),
         ),
         (
             "GET",
             "/v1/echo/a/b%20c?number=3&tags=x&tags=y&author.name=A%26B&is_read=true&largeNumber=-5&kind=KIND_DRAFT&unknown=1",
             "",
-            json!({ "text": "a/b c", "number": 3, "tags": ["x", "y"], "author": { "name": "A&B", "age": 0 }, "isRead": true,
+            json!({ "text": "a/b c", "number": 3, "tags": ["x", "y"], "author": { "name": "A&B", "age": 0, "penName": "" }, "isRead": true,
                     "largeNumber": "-5", "kind": "KIND_DRAFT" }),
         ),
         ("REPORT", "/v1/notes/4:report", "", json!({ "number": 4 })),
@@ -128,6 +128,17 @@ async fn path_query_and_body_become_the_message() {
         assert_eq!(reply.header("grpc-status"), None);
         assert_eq!(reply.json(), full(&expected), "{method} {path} {body}");
     }
+    // The path has decided who is asked, whatever the body calls the field.
+    for body in [r#"{"largeNumber": "5"}"#, r#"{"large_number": "5"}"#] {
+        let reply = ask(&proxy, "PUT", "/v1/large/9", body).await;
+        assert_eq!(reply.json()["largeNumber"], "9", "{body}");
+    }
+    let body = r#"{"author": {"penName": "eve"}}"#;
+    let reply = ask(&proxy, "PUT", "/v1/authors/ann", body).await;
+    assert_eq!(reply.json()["author"]["penName"], "ann");
+    let twice = r#"{"largeNumber": "5", "large_number": "6"}"#;
+    let reply = ask(&proxy, "PUT", "/v1/large/9", twice).await;
+    assert_eq!(reply.status, StatusCode::BAD_REQUEST);
     let reply = ask(&proxy, "GET", "/v1/name/text-only", "").await;
     assert_eq!(reply.json(), json!("one"));
 }

@@ -44,6 +44,8 @@ struct Author {
     name: String,
     #[prost(uint32, tag = "2")]
     age: u32,
+    #[prost(string, tag = "3")]
+    pen_name: String,
 }
 
 type Notes = Pin<Box<dyn Stream<Item = Result<Note, Status>> + Send>>;
