@@ -66,7 +66,7 @@ struct Routed<'s> {
     request: Request<RequestBody>,
     needs: Needs,
     /// What the endpoint is told of the connection.
-    ends: Option<Box<upstream::Ends>>,
+    addresses: Option<Box<upstream::Addresses>>,
     /// The tunnel that the client asks for.
     wish: Option<Box<Wish>>,
     guards: Guards,
@@ -198,7 +198,7 @@ impl Proxy {
         let survey = Survey::of(&parts.headers);
         let is_call = survey.has(Survey::CONTENT_TYPE) && grpc::is_call(&parts.headers);
         if is_call {
-            exchange.is_call();
+            exchange.becomes_call();
         }
         headers::refuse_beyond_limits(&parts, origin.listener)?;
         headers::join_cookies(&mut parts.headers, survey);
@@ -243,7 +243,7 @@ impl Proxy {
         }
         let translation = call.map(|call| Translation::new(call, &mut parts));
         if let Some(translation) = &translation {
-            exchange.is_translated_call(translation);
+            exchange.becomes_translated_call(translation);
         }
         let patience = is_call.then(|| grpc::timeout(&parts.headers));
         self.via.append(&mut parts.headers, parts.version);
@@ -278,7 +278,7 @@ impl Proxy {
         Ok(Routed {
             request: Request::from_parts(parts, body),
             needs,
-            ends: is_told.then(|| Box::new(origin.ends())),
+            addresses: is_told.then(|| Box::new(origin.addresses())),
             wish: wish.map(Box::new),
             guards: Rc::clone(&peer.guards),
             limits: self.limits(route, patience, exchange),
@@ -302,7 +302,7 @@ impl Proxy {
         let Routed {
             request,
             needs,
-            ends,
+            addresses,
             wish,
             guards,
             limits,
@@ -315,7 +315,7 @@ impl Proxy {
         } = routed;
         let mut sending = self
             .pools
-            .send(&target.backend, endpoint, request, needs, ends);
+            .send(&target.backend, endpoint, request, needs, addresses);
         Box::pin(async move {
             let sent = limits.wait(sending.as_mut(), &progress).await;
             let translation = exchange.translation();
@@ -429,7 +429,7 @@ impl Answer {
             });
         };
         let (ends, guards, idle) = *tunnel;
-        let mut response = response.map(|_| ReplyBody::local(String::new()));
+        let mut response = response.map(|_| ReplyBody::empty());
         ends.tell(response.headers_mut());
         exchange.becomes_tunnel();
         let tunnel = Tunnel {

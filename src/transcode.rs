@@ -8,6 +8,7 @@ pub mod message;
 pub mod template;
 
 use std::fmt;
+use std::sync::Arc;
 
 use http::Method;
 use prost_reflect::{
@@ -19,12 +20,11 @@ use template::{Captures, Template};
 /// The methods of some services, by what HTTP calls them.
 #[derive(Clone)]
 pub struct Transcoder {
-    bindings: Vec<Binding>,
+    bindings: Vec<Arc<Binding>>,
     pool: DescriptorPool,
 }
 
 /// One way to call a method.
-#[derive(Clone)]
 pub struct Binding {
     method: Method,
     template: Template,
@@ -52,7 +52,7 @@ enum Body {
 #[derive(Clone, Debug)]
 pub struct Call {
     /// Which way of calling it.
-    pub binding: Binding,
+    pub binding: Arc<Binding>,
     captures: Captures,
     query: Option<String>,
     pub(crate) pool: DescriptorPool,
@@ -113,7 +113,7 @@ impl Transcoder {
                             format!("`{}`: {reason}", rpc.full_name()),
                         )
                     })?;
-                    bindings.push(binding);
+                    bindings.push(Arc::new(binding));
                 }
             }
             if bindings.len() == before {
@@ -138,7 +138,7 @@ impl Transcoder {
             .filter_map(|binding| Some((binding, binding.template.captures(path)?)))
             .next()?;
         Some(Call {
-            binding: binding.clone(),
+            binding: Arc::clone(binding),
             captures,
             query: query.map(str::to_owned),
             pool: self.pool.clone(),

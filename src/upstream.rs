@@ -88,7 +88,7 @@ pub struct Needs {
 
 /// Who the client is and where it has connected to, for endpoints that want to be told so for the
 /// whole connection.
-pub type Ends = (SocketAddr, SocketAddr);
+pub type Addresses = (SocketAddr, SocketAddr);
 
 /// How long a request may go on when its response has ended: so that a client which is sent an early
 /// refusal can read it, and one that sends nothing more does not hold on to a connection for ever.
@@ -139,7 +139,14 @@ struct To<'t> {
     endpoint: &'t Endpoint,
     needs: Needs,
     /// `None` as long as no connection is made.
-    ends: Option<&'t Ends>,
+    addresses: Option<&'t Addresses>,
+}
+
+/// Makes a shared connection; dropped, whoever waits for it goes on.
+struct Opener<B> {
+    pools: Rc<Pools<B>>,
+    endpoint: EndpointId,
+    opening: Rc<Opening>,
 }
 
 // === impl Pools ===
@@ -172,13 +179,13 @@ where
         endpoint: &'s Endpoint,
         request: Request<B>,
         needs: Needs,
-        ends: Option<Box<Ends>>,
+        addresses: Option<Box<Addresses>>,
     ) -> Pin<Box<impl Future<Output = Sent<B>> + 's>> {
         let to = To {
             backend,
             endpoint,
             needs,
-            ends: None,
+            addresses: None,
         };
         let begun = match self.take(to).filter(|one| one.takes(needs)) {
             Some(connection) => Ok(self.exchange(to, connection, request)),
@@ -195,7 +202,7 @@ where
             };
             // Boxed, or every request would take the room that making a connection needs.
             let to = To {
-                ends: ends.as_deref(),
+                addresses: addresses.as_deref(),
                 ..to
             };
             Box::pin(self.send_anew(to, *unsent)).await
@@ -422,12 +429,7 @@ impl<B> Pool<B> {
     }
 }
 
-/// Makes a shared connection; dropped, whoever waits for it goes on.
-struct Opener<B> {
-    pools: Rc<Pools<B>>,
-    endpoint: EndpointId,
-    opening: Rc<Opening>,
-}
+// === impl Opener ===
 
 impl<B> Drop for Opener<B> {
     fn drop(&mut self) {

@@ -229,7 +229,7 @@ impl ProxyError {
             Self::ClientGone => exchange.replied(client_gone(), self.token(), 0),
             _ => exchange.replied(StatusCode::OK, self.token(), 0),
         }
-        let mut response = status.reply(self.words(), ReplyBody::local(String::new()));
+        let mut response = status.reply(self.words(), ReplyBody::empty());
         self.set_proxy_status(response.headers_mut());
         response
     }

@@ -118,13 +118,13 @@ impl Exchange {
     }
 
     /// It is a call of gRPC.
-    pub fn is_call(&mut self) {
+    pub fn becomes_call(&mut self) {
         self.grpc = Grpc::Open;
     }
 
     /// It is a call of gRPC from a client that does not know it.
-    pub fn is_translated_call(&mut self, translation: &Translation) {
-        self.is_call();
+    pub fn becomes_translated_call(&mut self, translation: &Translation) {
+        self.becomes_call();
         self.translation = Some(translation.clone());
     }
 

@@ -168,7 +168,7 @@ impl Origin<'_> {
     }
 
     /// The client, and where it has connected to; its port only where it is the peer.
-    pub fn ends(&self) -> (SocketAddr, SocketAddr) {
+    pub fn addresses(&self) -> (SocketAddr, SocketAddr) {
         let is_peer = self.client == self.peer.address.ip().to_canonical();
         let port = if is_peer { self.peer.address.port() } else { 0 };
         (SocketAddr::new(self.client, port), self.peer.local)

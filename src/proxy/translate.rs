@@ -14,7 +14,7 @@ use http::header::{
     ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, TE, TRAILER,
 };
 use http::request::Parts;
-use http::{Method, Response, StatusCode, Uri, Version};
+use http::{Method, Response, StatusCode, Uri};
 use hyper::body::{Body, Frame};
 use percent_encoding::percent_decode;
 use serde_json::Value;
@@ -32,6 +32,16 @@ const LARGEST_MESSAGE: usize = 4 << 20;
 pub const LARGEST_BODY: u64 = 4 << 20;
 
 const DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
+
+/// What says something of a call, and nothing to a client that does not know it.
+const OF_GRPC: [HeaderName; 5] = [
+    HeaderName::from_static("grpc-status"),
+    HeaderName::from_static("grpc-message"),
+    HeaderName::from_static("grpc-encoding"),
+    HeaderName::from_static("grpc-accept-encoding"),
+    DETAILS,
+];
+
 const BROKEN: &str = "the service broke off its response";
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
@@ -116,17 +126,8 @@ impl Translation {
             read: BytesMut::new(),
             end,
         };
-        parts.version = Version::HTTP_11;
         let headers = &mut parts.headers;
-        for name in [
-            "grpc-status",
-            "grpc-message",
-            "grpc-encoding",
-            "grpc-accept-encoding",
-        ] {
-            headers.remove(name);
-        }
-        for name in [DETAILS, CONTENT_LENGTH, TRAILER] {
+        for name in OF_GRPC.iter().chain(&[CONTENT_LENGTH, TRAILER]) {
             headers.remove(name);
         }
         let (status, kind, body) = if is_call {

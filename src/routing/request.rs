@@ -46,9 +46,7 @@ impl<'a> RequestHead<'a> {
 
     /// The decoded value of the first query parameter of that name.
     pub fn query_param(&self, name: &str) -> Option<Cow<'a, str>> {
-        self.query?
-            .split('&')
-            .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        split_query(self.query?)
             .find(|(key, _)| *key == name || decode(key) == name)
             .map(|(_, value)| decode(value))
     }
@@ -64,6 +62,17 @@ fn unquote(value: &str) -> &str {
         .strip_prefix('"')
         .and_then(|inner| inner.strip_suffix('"'))
         .unwrap_or(value)
+}
+
+/// The pairs of a query, decoded, in its order.
+pub fn query_pairs(query: &str) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
+    split_query(query).map(|(name, value)| (decode(name), decode(value)))
+}
+
+fn split_query(query: &str) -> impl Iterator<Item = (&str, &str)> {
+    query
+        .split('&')
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
 }
 
 /// Decodes one part of an `application/x-www-form-urlencoded` string.

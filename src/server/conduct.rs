@@ -225,11 +225,6 @@ impl Watched {
         }
     }
 
-    /// What its client does.
-    pub(super) fn conduct(&self) -> Arc<Conduct> {
-        Arc::clone(&self.conduct)
-    }
-
     fn note<T>(&self, written: Poll<T>) -> Poll<T> {
         self.conduct.wrote(written.is_pending());
         written

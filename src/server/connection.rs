@@ -253,8 +253,9 @@ async fn serve_http2(
     let executor = StreamExecutor::new(proxy.timer().0, settings.timeouts.write);
     let builder = http2_builder(executor.clone(), &settings.http2, settings.limits);
     let watched = Watched::new(ready.stream, Arc::clone(&conduct));
+    let counted = Arc::clone(&conduct);
     let service = service_fn(move |request: http::Request<hyper::body::Incoming>| {
-        let busy = conduct.begin(false);
+        let busy = counted.begin(false);
         let clock = executor.next_stream();
         let (proxy, peer) = (Rc::clone(&proxy), Rc::clone(&peer));
         async move {
@@ -262,7 +263,6 @@ async fn serve_http2(
             Ok::<_, Infallible>(response.map(|body| Served::timed(body, busy, clock)))
         }
     });
-    let conduct = watched.conduct();
     // Held by the peer and here; by more as long as there is a tunnel, which is a use without requests.
     let has_tunnels = || Rc::strong_count(&guards) > 2;
     let mut connection = pin!(builder.serve_connection(watched, service));

@@ -361,14 +361,7 @@ impl Metrics {
 
     /// The handles for requests that no route takes.
     pub fn unrouted(&self) -> &Arc<TargetMetrics> {
-        self.unrouted.get_or_init(|| {
-            let none: Arc<str> = NONE.into();
-            self.target(&TargetLabels {
-                route: Arc::clone(&none),
-                backend: Arc::clone(&none),
-                version: none,
-            })
-        })
+        self.unrouted.get_or_init(|| self.route(&NONE.into()))
     }
 
     /// The handles for requests that a route answers itself.

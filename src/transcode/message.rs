@@ -1,17 +1,16 @@
 //! Between JSON and messages: what path, query and body say, and what a service answers.
 
-use std::borrow::Cow;
-
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 use bytes::{BufMut, Bytes, BytesMut};
-use percent_encoding::percent_decode_str;
 use prost::Message;
 use prost_reflect::{
     DescriptorPool, DeserializeOptions, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor,
     SerializeOptions,
 };
 use serde_json::{Map, Value, json};
+
+use crate::routing::request::query_pairs;
 
 use super::{Body, Call};
 
@@ -48,21 +47,17 @@ impl Call {
     /// What is wrong with the request, for its sender.
     pub fn request(&self, body: &[u8]) -> Result<Bytes, String> {
         let input = self.binding.rpc.input();
+        let parse = || {
+            serde_json::from_slice(body).map_err(|error| format!("the body is not JSON: {error}"))
+        };
         let mut message = match &self.binding.body {
-            Body::Whole if !body.is_empty() => {
-                let value = serde_json::from_slice(body)
-                    .map_err(|error| format!("the body is not JSON: {error}"))?;
-                match value {
-                    Value::Object(fields) => fields,
-                    _ => return Err("the body is not a JSON object".to_owned()),
-                }
-            }
-            Body::Field(field) if !body.is_empty() => {
-                let value = serde_json::from_slice(body)
-                    .map_err(|error| format!("the body is not JSON: {error}"))?;
-                Map::from_iter([(field.name().to_owned(), value)])
-            }
-            _ => Map::new(),
+            _ if body.is_empty() => Map::new(),
+            Body::None => Map::new(),
+            Body::Whole => match parse()? {
+                Value::Object(fields) => fields,
+                _ => return Err("the body is not a JSON object".to_owned()),
+            },
+            Body::Field(field) => Map::from_iter([(field.name().to_owned(), parse()?)]),
         };
         if !matches!(self.binding.body, Body::Whole) {
             for (name, value) in query_pairs(self.query.as_deref().unwrap_or_default()) {
@@ -163,10 +158,7 @@ fn framed(message: &DynamicMessage) -> Bytes {
 
 /// The field at a path such as `book.id`.
 pub(super) fn field_at(message: &MessageDescriptor, path: &str) -> Option<FieldDescriptor> {
-    let (first, rest) = match path.split_once('.') {
-        Some((first, rest)) => (first, Some(rest)),
-        None => (path, None),
-    };
+    let (first, rest) = first_step(path);
     let field = message
         .get_field_by_name(first)
         .or_else(|| message.get_field_by_json_name(first))?;
@@ -179,6 +171,12 @@ pub(super) fn field_at(message: &MessageDescriptor, path: &str) -> Option<FieldD
     }
 }
 
+/// The first name of a path such as `book.id`, and what comes after it.
+fn first_step(path: &str) -> (&str, Option<&str>) {
+    path.split_once('.')
+        .map_or((path, None), |(first, rest)| (first, Some(rest)))
+}
+
 /// Gives a field of a message what a text says; a field that may be repeated gets one more.
 fn put(
     object: &mut Map<String, Value>,
@@ -186,9 +184,7 @@ fn put(
     path: &str,
     text: &str,
 ) -> Result<(), String> {
-    let (first, rest) = path
-        .split_once('.')
-        .map_or((path, None), |(first, rest)| (first, Some(rest)));
+    let (first, rest) = first_step(path);
     let field = field_at(message, first).ok_or_else(|| format!("there is no field `{path}`"))?;
     let name = field.name().to_owned();
     if let (Some(rest), Kind::Message(inner)) = (rest, field.kind()) {
@@ -221,9 +217,7 @@ fn rename(
     message: &MessageDescriptor,
     path: &str,
 ) -> Result<(), String> {
-    let (first, rest) = path
-        .split_once('.')
-        .map_or((path, None), |(first, rest)| (first, Some(rest)));
+    let (first, rest) = first_step(path);
     let Some(field) = field_at(message, first) else {
         return Ok(());
     };
@@ -243,13 +237,13 @@ fn rename(
 
 /// Takes a field away, whatever it is called.
 fn take(object: &mut Map<String, Value>, path: &str) {
-    match path.split_once('.') {
-        Some((first, rest)) => {
+    match first_step(path) {
+        (first, Some(rest)) => {
             if let Some(inner) = object.get_mut(first).and_then(Value::as_object_mut) {
                 take(inner, rest);
             }
         }
-        None => drop(object.remove(path)),
+        (name, None) => drop(object.remove(name)),
     }
 }
 
@@ -264,16 +258,4 @@ fn scalar(kind: &Kind, text: &str) -> Value {
         (true, "false") => Value::Bool(false),
         _ => Value::String(text.to_owned()),
     }
-}
-
-fn query_pairs(query: &str) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
-    let decode = |text: &str| -> Cow<'static, str> {
-        let spaced = text.replace('+', " ");
-        Cow::Owned(percent_decode_str(&spaced).decode_utf8_lossy().into_owned())
-    };
-    let pairs = query.split('&').filter(|pair| !pair.is_empty());
-    pairs.map(move |pair| {
-        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        (decode(name), decode(value))
-    })
 }

@@ -91,7 +91,7 @@ async fn dial(to: &To<'_>) -> io::Result<(Stream, bool)> {
     let mut stream = TcpStream::connect(to.endpoint.address).await?;
     stream.set_nodelay(true)?;
     let transport = &to.backend.transport;
-    if let (Some(version), Some((client, listener))) = (transport.proxy_protocol, to.ends) {
+    if let (Some(version), Some((client, listener))) = (transport.proxy_protocol, to.addresses) {
         let header = proxy_protocol::header(version, *client, *listener)?;
         stream.write_all(&header).await?;
     }

@@ -53,7 +53,7 @@ async fn all_is_well(proxy: &Proxy) {
     .await;
 }
 
-/// Sends these frames over and over; true when the connection was ended before all were sent.
+/// Sends these frames over and over, and tells how the connection ends.
 async fn floods(proxy: &Proxy, times: u32, mut bytes: impl FnMut(u32) -> Vec<u8>) -> End {
     let mut connection = Frames::connect(proxy.address()).await;
     for number in 0..times {

@@ -17,7 +17,7 @@ async fn ask(proxy: &Proxy, target: &str) -> (u16, Option<String>) {
     (status, seen.map(str::to_owned))
 }
 
-/// Rewrites every path to `/head`, which tells the head, unless it is one of `/admin`.
+/// A route for `/head` alone, where the upstream tells the head that it has seen.
 async fn start() -> (Proxy, Upstream) {
     let upstream = Upstream::start("one").await;
     let config = single(upstream.address, "").replace(
