@@ -37,9 +37,10 @@ use crate::filter::redirect::Asked;
 use crate::routing::Decision;
 use crate::snapshot::{Reader, Route, RouteTarget, Snapshot};
 use crate::telemetry::metrics::WorkerMetrics;
+use crate::transcode::Call;
 use crate::upstream::{self, Loan, Needs, Pools, SendError};
 
-use body::{BodyRules, Held, Progress, ReplyBody, RequestBody, UpstreamBody};
+use body::{BodyRules, BodyState, Held, Progress, ReplyBody, RequestBody, UpstreamBody};
 use error::ProxyError;
 use exchange::Exchange;
 use headers::Survey;
@@ -59,6 +60,17 @@ pub struct Proxy {
     timeouts: Arc<Timeouts>,
     via: Via,
     dice: RefCell<fastrand::Rng>,
+}
+
+/// What is known of a request before its route is.
+struct Admitted<'p> {
+    origin: Origin<'p>,
+    survey: Survey,
+    /// It is a call of gRPC.
+    is_call: bool,
+    has_escaped_slash: bool,
+    /// The tunnel that the client asks for.
+    wish: Option<Wish>,
 }
 
 /// A request that is ready to go to its endpoint.
@@ -193,20 +205,13 @@ impl Proxy {
         request: Request<Incoming>,
     ) -> Result<Routed<'s>, Instead> {
         let (mut parts, body) = request.into_parts();
-        let origin = Origin::new(snapshot, peer, &parts.headers);
-        exchange.came_from(&origin);
-        let survey = Survey::of(&parts.headers);
-        let is_call = survey.has(Survey::CONTENT_TYPE) && grpc::is_call(&parts.headers);
-        if is_call {
-            exchange.becomes_call();
-        }
-        headers::refuse_beyond_limits(&parts, origin.listener)?;
-        headers::join_cookies(&mut parts.headers, survey);
-        if survey.has(Survey::VIA) {
-            self.via.refuse_loop(&parts.headers)?;
-        }
-        let has_escaped_slash = origin::canonical_target(&mut parts)?;
-        let wish = self.wish(&mut parts, survey, &body);
+        let Admitted {
+            origin,
+            survey,
+            is_call,
+            has_escaped_slash,
+            wish,
+        } = self.admit(snapshot, peer, exchange, &mut parts, &body)?;
         let host = origin::host(&parts, survey)?;
         let head = origin::head(&parts, &host, origin.client);
 
@@ -228,24 +233,13 @@ impl Proxy {
 
         let backend = &target.backend;
         let endpoint = backend.choose(self.roll()).ok_or(ProxyError::NoEndpoint)?;
-        let call = match &route.transcoder {
-            Some(transcoder) if !is_call => {
-                let uri = &parts.uri;
-                let call = transcoder.find(&parts.method, uri.path(), uri.query());
-                Some(call.ok_or(ProxyError::NoMethod)?)
-            }
-            _ => None,
-        };
-        let limit = route.body_limit.or(origin.body_limit());
-        let limit = limit.or(call.as_ref().map(|_| translate::LARGEST_BODY));
-        if limit.is_some_and(|limit| body.size_hint().lower() > limit) {
-            return Err(ProxyError::BodyTooLarge.into());
-        }
+        let call = route.call(&parts, is_call)?;
+        let limit = route.body_limit(&origin, call.is_some(), &body)?;
         let translation = call.map(|call| Translation::new(call, &mut parts));
         if let Some(translation) = &translation {
             exchange.becomes_translated_call(translation);
         }
-        let patience = is_call.then(|| grpc::timeout(&parts.headers));
+        let limits = self.limits(route, is_call, &parts.headers, exchange);
         self.via.append(&mut parts.headers, parts.version);
         let needs = Needs {
             trailers: translation.is_some()
@@ -266,7 +260,7 @@ impl Proxy {
             gap: origin.body_gap().filter(|_| !is_call),
             timeout: self.timeouts.timeout(),
             route: Arc::clone(route),
-            subject_headers: snapshot.subject_headers.clone(),
+            subject_headers: Arc::clone(&snapshot.subject_headers),
         };
         let (body, progress) = match translation {
             None => RequestBody::new(body, exchange.decided_at(), rules),
@@ -281,13 +275,44 @@ impl Proxy {
             addresses: is_told.then(|| Box::new(origin.addresses())),
             wish: wish.map(Box::new),
             guards: Rc::clone(&peer.guards),
-            limits: self.limits(route, patience, exchange),
+            limits,
             progress,
             route,
             target,
             verdict,
             endpoint,
             lease: endpoint.lease(),
+        })
+    }
+
+    /// Looks at what of a request does not depend on its route, and brings it into the form in which
+    /// it is judged and sent on.
+    fn admit<'p>(
+        &self,
+        snapshot: &'p Snapshot,
+        peer: &'p Peer,
+        exchange: &mut Exchange,
+        parts: &mut Parts,
+        body: &Incoming,
+    ) -> Result<Admitted<'p>, ProxyError> {
+        let origin = Origin::new(snapshot, peer, &parts.headers);
+        exchange.came_from(&origin);
+        let survey = Survey::of(&parts.headers);
+        let is_call = survey.has(Survey::CONTENT_TYPE) && grpc::is_call(&parts.headers);
+        if is_call {
+            exchange.becomes_call();
+        }
+        headers::refuse_beyond_limits(parts, origin.listener)?;
+        headers::join_cookies(&mut parts.headers, survey);
+        if survey.has(Survey::VIA) {
+            self.via.refuse_loop(&parts.headers)?;
+        }
+        Ok(Admitted {
+            has_escaped_slash: origin::canonical_target(parts)?,
+            wish: self.wish(parts, survey, body),
+            origin,
+            survey,
+            is_call,
         })
     }
 
@@ -354,14 +379,20 @@ impl Proxy {
         Wish::of(parts, survey, !body.is_end_stream(), key)
     }
 
-    /// How long an exchange may take; `call` is what a caller of gRPC says about that.
-    fn limits(&self, route: &Route, call: Option<Option<Duration>>, exchange: &Exchange) -> Limits {
-        let limit = [route.request_timeout, call.flatten()];
-        let limit = limit.into_iter().flatten().min();
+    /// How long an exchange may take; a caller of gRPC has a say in that.
+    fn limits(
+        &self,
+        route: &Route,
+        is_call: bool,
+        headers: &HeaderMap,
+        exchange: &Exchange,
+    ) -> Limits {
+        let asked = is_call.then(|| grpc::timeout(headers)).flatten();
+        let limit = [route.request_timeout, asked].into_iter().flatten().min();
         Limits {
             silence: route.backend_timeout,
             deadline: limit.map(|limit| exchange.started() + limit),
-            may_rest: call.is_some(),
+            may_rest: is_call,
             timeout: self.timeouts.timeout(),
         }
     }
@@ -472,6 +503,33 @@ impl Route {
             matched,
         }))
     }
+
+    /// The call that a request means which is to be translated.
+    fn call(&self, parts: &Parts, is_call: bool) -> Result<Option<Call>, ProxyError> {
+        match &self.transcoder {
+            Some(transcoder) if !is_call => {
+                let uri = &parts.uri;
+                let call = transcoder.find(&parts.method, uri.path(), uri.query());
+                call.map(Some).ok_or(ProxyError::NoMethod)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The most bytes of a request's body, if it does not have more already.
+    fn body_limit(
+        &self,
+        origin: &Origin<'_>,
+        is_translated: bool,
+        body: &Incoming,
+    ) -> Result<Option<u64>, ProxyError> {
+        let limit = self.body_limit.or(origin.body_limit());
+        let limit = limit.or(is_translated.then_some(translate::LARGEST_BODY));
+        match limit {
+            Some(limit) if body.size_hint().lower() > limit => Err(ProxyError::BodyTooLarge),
+            limit => Ok(limit),
+        }
+    }
 }
 
 // === impl Instead ===
@@ -530,12 +588,15 @@ impl Limits {
                 match self.next(progress) {
                     // The body has moved meanwhile.
                     Some(next) if next > Instant::now() => self.timeout.set(Some(next)),
-                    _ if progress.awaits_client() && self.may_rest && !self.is_over() => {
+                    _ if progress.state() == BodyState::AwaitingClient
+                        && self.may_rest
+                        && !self.is_over() =>
+                    {
                         let later = self.silence.map(|limit| Instant::now() + limit);
                         self.timeout
                             .set(later.into_iter().chain(self.deadline).min());
                     }
-                    _ if progress.awaits_client() => {
+                    _ if progress.state() == BodyState::AwaitingClient => {
                         return Poll::Ready(Err(ProxyError::RequestStalled));
                     }
                     _ => return Poll::Ready(Err(ProxyError::Timeout)),

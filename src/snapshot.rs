@@ -48,7 +48,7 @@ pub struct Snapshot {
     pub backends: Vec<Arc<Backend>>,
     /// Headers in which some listener passes on the subject of a client's certificate: from nobody
     /// else they may come, through whatever listener.
-    pub subject_headers: Vec<HeaderName>,
+    pub subject_headers: Arc<[HeaderName]>,
     /// Where a line for each request goes.
     pub access_log: Option<Arc<AccessLog>>,
     table: RouteTable,

@@ -56,7 +56,7 @@ pub struct BodyRules {
     /// Whose guarded headers may not come as trailers.
     pub route: Arc<Route>,
     /// What else may not.
-    pub subject_headers: Vec<HeaderName>,
+    pub subject_headers: Arc<[HeaderName]>,
 }
 
 /// Why the body of a request breaks off.
@@ -93,7 +93,7 @@ pub struct Stage {
 
 /// Whose turn it is with the body of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum BodyState {
+pub enum BodyState {
     /// It is going on, or has ended: if nothing comes back, the upstream is slow.
     Moving,
     /// The upstream would take more, but the client sends none.
@@ -164,12 +164,7 @@ impl RequestBody {
     ) -> (Self, Progress) {
         let has_body = !incoming.is_end_stream();
         let progress = if has_body {
-            Progress::Body(Rc::new(Cell::new(Stage {
-                last: now,
-                state: BodyState::Moving,
-                bytes: 0,
-                is_answered: false,
-            })))
+            Progress::of_body(now)
         } else {
             Progress::NoBody(now)
         };
@@ -191,12 +186,7 @@ impl RequestBody {
         rules: impl FnOnce() -> BodyRules,
         translation: Translation,
     ) -> (Self, Progress) {
-        let progress = Progress::Body(Rc::new(Cell::new(Stage {
-            last: now,
-            state: BodyState::Moving,
-            bytes: 0,
-            is_answered: false,
-        })));
+        let progress = Progress::of_body(now);
         let body = Self {
             incoming,
             progress: progress.clone(),
@@ -370,25 +360,30 @@ impl BodyState {
 
 // === impl Progress ===
 
+impl Stage {
+    fn new(now: Instant) -> Self {
+        Self {
+            last: now,
+            state: BodyState::Moving,
+            bytes: 0,
+            is_answered: false,
+        }
+    }
+}
+
 impl Progress {
+    fn of_body(now: Instant) -> Self {
+        Self::Body(Rc::new(Cell::new(Stage::new(now))))
+    }
+
     /// When the body last moved; at first, when the exchange with the upstream began.
     pub fn last(&self) -> Instant {
         self.stage().last
     }
 
-    /// True when the client went away before the end of the body.
-    pub fn client_is_gone(&self) -> bool {
-        self.stage().state == BodyState::Gone
-    }
-
-    /// True when the client sent something that is no body.
-    pub fn is_malformed(&self) -> bool {
-        self.stage().state == BodyState::Malformed
-    }
-
-    /// True when the client sent what cannot be translated.
-    pub fn is_untranslatable(&self) -> bool {
-        self.stage().state == BodyState::Untranslatable
+    /// Whose turn it is, or how it broke.
+    pub fn state(&self) -> BodyState {
+        self.stage().state
     }
 
     /// True when it will not come to its end, and the client is to blame.
@@ -397,11 +392,6 @@ impl Progress {
             self.stage().state,
             BodyState::Moving | BodyState::AwaitingClient
         )
-    }
-
-    /// True when the client sent more than it may.
-    pub fn is_too_large(&self) -> bool {
-        self.stage().state == BodyState::TooLarge
     }
 
     /// The head of the response is here.
@@ -414,24 +404,9 @@ impl Progress {
         }
     }
 
-    /// True when the client sent nothing for too long.
-    pub fn has_stalled(&self) -> bool {
-        self.stage().state == BodyState::Stalled
-    }
-
-    /// True while the client keeps the upstream waiting, and not the other way round.
-    pub fn awaits_client(&self) -> bool {
-        self.stage().state == BodyState::AwaitingClient
-    }
-
     fn stage(&self) -> Stage {
         match self {
-            Self::NoBody(since) => Stage {
-                last: *since,
-                state: BodyState::Moving,
-                bytes: 0,
-                is_answered: false,
-            },
+            Self::NoBody(since) => Stage::new(*since),
             Self::Body(stage) => stage.get(),
         }
     }

@@ -8,7 +8,7 @@ use tracing::debug;
 
 use crate::upstream::SendError;
 
-use super::body::{Progress, ReplyBody};
+use super::body::{BodyState, Progress, ReplyBody};
 use super::exchange::Exchange;
 use super::grpc;
 
@@ -81,12 +81,15 @@ pub enum Side {
 impl ProxyError {
     /// What a failed attempt means; a body that the client broke off is not the endpoint's fault.
     pub fn from_send(error: SendError, progress: &Progress) -> Self {
+        match progress.state() {
+            BodyState::Gone => return Self::ClientGone,
+            BodyState::Malformed => return Self::RequestBody,
+            BodyState::Untranslatable => return Self::Untranslatable,
+            BodyState::TooLarge => return Self::BodyTooLarge,
+            BodyState::Stalled => return Self::RequestStalled,
+            BodyState::Moving | BodyState::AwaitingClient => {}
+        }
         match error {
-            _ if progress.client_is_gone() => Self::ClientGone,
-            _ if progress.is_malformed() => Self::RequestBody,
-            _ if progress.is_untranslatable() => Self::Untranslatable,
-            _ if progress.is_too_large() => Self::BodyTooLarge,
-            _ if progress.has_stalled() => Self::RequestStalled,
             SendError::Connect(error) if is_exhaustion(&error) => Self::Exhausted(error),
             SendError::Connect(error) => Self::Connect(error),
             SendError::ConnectTimeout => Self::ConnectTimeout,

@@ -42,8 +42,6 @@ const OF_GRPC: [HeaderName; 5] = [
     DETAILS,
 ];
 
-const BROKEN: &str = "the service broke off its response";
-
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const JSON_LINES: HeaderValue = HeaderValue::from_static("application/x-ndjson");
 
@@ -74,6 +72,26 @@ enum Next {
     End(HeaderMap),
     /// It broke off, or is no gRPC.
     Broken,
+}
+
+/// What the beginning of a response says.
+enum Beginning {
+    /// It is all of it.
+    Whole(Vec<u8>),
+    /// It is a stream, and this its first line.
+    Line(Bytes),
+    /// It is a stream, and there is nothing in it.
+    Nothing,
+    /// The call did not end well.
+    Failure(Failure),
+}
+
+/// How a call has ended that did not end well.
+struct Failure {
+    status: grpc::Status,
+    message: String,
+    /// google.rpc.Status, where the service has said more.
+    details: Option<HeaderValue>,
 }
 
 /// The rest of a stream, a line for each message.
@@ -130,97 +148,107 @@ impl Translation {
         for name in OF_GRPC.iter().chain(&[CONTENT_LENGTH, TRAILER]) {
             headers.remove(name);
         }
-        let (status, kind, body) = if is_call {
+        let beginning = if is_call {
             self.first(&mut messages).await
         } else {
-            let code = grpc::Status::from_http(parts.status);
-            self.error(code, "the service did not answer in gRPC", None)
+            let status = grpc::Status::from_http(parts.status);
+            Beginning::Failure(Failure::new(status, "the service did not answer in gRPC"))
+        };
+        let (status, kind, body) = match beginning {
+            Beginning::Whole(json) => (StatusCode::OK, JSON, ReplyBody::local(json)),
+            Beginning::Nothing => (StatusCode::OK, JSON_LINES, ReplyBody::empty()),
+            Beginning::Line(first) => {
+                let lines = JsonLines {
+                    messages,
+                    translation: self,
+                    first: Some(first),
+                    is_over: false,
+                };
+                (
+                    StatusCode::OK,
+                    JSON_LINES,
+                    ReplyBody::Lines(Box::new(lines)),
+                )
+            }
+            Beginning::Failure(failure) => {
+                let json = self.status(&failure).to_string();
+                (failure.status.to_http(), JSON, ReplyBody::local(json))
+            }
         };
         headers.insert(CONTENT_TYPE, kind);
         parts.status = status;
-        let body = body.unwrap_or_else(|first| {
-            ReplyBody::Lines(Box::new(JsonLines {
-                messages,
-                translation: self,
-                first: Some(first),
-                is_over: false,
-            }))
-        });
         Response::from_parts(parts, body)
     }
 
-    /// What the beginning of a response says: its status, its type, and its body, or the first line
-    /// of that.
-    async fn first(
-        &self,
-        messages: &mut Messages,
-    ) -> (StatusCode, HeaderValue, Result<ReplyBody, Bytes>) {
+    /// Waits for what the beginning of a response says.
+    async fn first(&self, messages: &mut Messages) -> Beginning {
         let is_stream = self.0.call.binding.rpc.is_server_streaming();
         let message = match messages.next().await {
             Next::Message(message) => message,
-            Next::End(end) if is_stream && is_ok(&end) => {
-                return (StatusCode::OK, JSON_LINES, Ok(ReplyBody::empty()));
-            }
-            Next::End(end) => return self.ended(&end),
-            Next::Broken => return self.broken(),
+            Next::End(end) if is_stream && is_ok(&end) => return Beginning::Nothing,
+            Next::End(end) => return Beginning::Failure(Failure::of(&end)),
+            Next::Broken => return Beginning::Failure(Failure::broken()),
         };
         let json = match self.0.call.response(message) {
             Ok(json) => json,
-            Err(error) => return self.error(grpc::Status::INTERNAL, &error, None),
+            Err(error) => {
+                return Beginning::Failure(Failure::new(grpc::Status::INTERNAL, &error));
+            }
         };
         if is_stream {
-            return (StatusCode::OK, JSON_LINES, Err(line(json)));
+            return Beginning::Line(line(json));
         }
         // The status comes behind the message.
         match messages.next().await {
-            Next::End(end) if is_ok(&end) => (StatusCode::OK, JSON, Ok(ReplyBody::local(json))),
-            Next::End(end) => self.ended(&end),
-            Next::Message(_) | Next::Broken => self.broken(),
+            Next::End(end) if is_ok(&end) => Beginning::Whole(json),
+            Next::End(end) => Beginning::Failure(Failure::of(&end)),
+            Next::Message(_) | Next::Broken => Beginning::Failure(Failure::broken()),
         }
     }
 
-    fn ended(&self, end: &HeaderMap) -> (StatusCode, HeaderValue, Result<ReplyBody, Bytes>) {
-        let (status, message) = ending(end);
-        self.error(
-            status,
-            &message,
-            end.get(DETAILS).map(HeaderValue::as_bytes),
-        )
-    }
-
-    fn broken(&self) -> (StatusCode, HeaderValue, Result<ReplyBody, Bytes>) {
-        self.error(grpc::Status::UNAVAILABLE, BROKEN, None)
-    }
-
-    fn error(
-        &self,
-        status: grpc::Status,
-        message: &str,
-        details: Option<&[u8]>,
-    ) -> (StatusCode, HeaderValue, Result<ReplyBody, Bytes>) {
-        let json = self.status(status, message, details).to_string();
-        (status.to_http(), JSON, Ok(ReplyBody::local(json)))
-    }
-
     /// google.rpc.Status; what is wrong with the request is known better here than anywhere else.
-    fn status(&self, status: grpc::Status, message: &str, details: Option<&[u8]>) -> Value {
+    fn status(&self, failure: &Failure) -> Value {
         let fault = self.0.fault.take();
-        let message = fault.as_deref().unwrap_or(message);
-        message::status(&self.0.call.pool, status.code(), message, details)
+        let message = fault.as_deref().unwrap_or(&failure.message);
+        let details = failure.details.as_ref().map(HeaderValue::as_bytes);
+        message::status(&self.0.call.pool, failure.status.code(), message, details)
     }
 }
 
-/// How a call that did not end well has ended, and what it says of that.
-fn ending(end: &HeaderMap) -> (grpc::Status, String) {
-    let status = match grpc::Status::of(end) {
-        // A call that ends well without any message has none to give.
-        Some(status) if status.is_ok() => grpc::Status::INTERNAL,
-        Some(status) => status,
-        None => grpc::Status::UNKNOWN,
-    };
-    let message = end.get("grpc-message").map(HeaderValue::as_bytes);
-    let message = percent_decode(message.unwrap_or_default());
-    (status, message.decode_utf8_lossy().into_owned())
+// === impl Failure ===
+
+impl Failure {
+    fn new(status: grpc::Status, message: &str) -> Self {
+        Self {
+            status,
+            message: message.to_owned(),
+            details: None,
+        }
+    }
+
+    fn broken() -> Self {
+        Self::new(
+            grpc::Status::UNAVAILABLE,
+            "the service broke off its response",
+        )
+    }
+
+    /// What the end of a call that did not end well says.
+    fn of(end: &HeaderMap) -> Self {
+        let status = match grpc::Status::of(end) {
+            // A call that ends well without any message has none to give.
+            Some(status) if status.is_ok() => grpc::Status::INTERNAL,
+            Some(status) => status,
+            None => grpc::Status::UNKNOWN,
+        };
+        let message = end.get("grpc-message").map(HeaderValue::as_bytes);
+        let message = percent_decode(message.unwrap_or_default());
+        Self {
+            status,
+            message: message.decode_utf8_lossy().into_owned(),
+            details: end.get(DETAILS).cloned(),
+        }
+    }
 }
 
 fn is_ok(end: &HeaderMap) -> bool {
@@ -293,25 +321,21 @@ impl JsonLines {
         if self.is_over {
             return Poll::Ready(None);
         }
-        let (status, message, details) = match ready!(self.messages.poll_next(cx)) {
+        let failure = match ready!(self.messages.poll_next(cx)) {
             Next::Message(message) => match self.translation.0.call.response(message) {
                 Ok(json) => return Poll::Ready(Some(Ok(Frame::data(line(json))))),
-                Err(error) => (grpc::Status::INTERNAL, error, None),
+                Err(error) => Failure::new(grpc::Status::INTERNAL, &error),
             },
             Next::End(end) if is_ok(&end) => {
                 self.is_over = true;
                 return Poll::Ready(None);
             }
-            Next::End(end) => {
-                let (status, message) = ending(&end);
-                (status, message, end.get(DETAILS).cloned())
-            }
-            Next::Broken => (grpc::Status::UNAVAILABLE, BROKEN.to_owned(), None),
+            Next::End(end) => Failure::of(&end),
+            Next::Broken => Failure::broken(),
         };
         self.is_over = true;
-        let details = details.as_ref().map(HeaderValue::as_bytes);
-        let error = self.translation.status(status, &message, details);
-        let json = serde_json::json!({ "error": error }).to_string();
-        Poll::Ready(Some(Ok(Frame::data(line(json.into_bytes())))))
+        let json = serde_json::json!({ "error": self.translation.status(&failure) });
+        let json = json.to_string().into_bytes();
+        Poll::Ready(Some(Ok(Frame::data(line(json)))))
     }
 }

@@ -92,6 +92,7 @@ pub(super) async fn serve(proxy: Rc<Proxy>, accepted: Accepted, serving: Serving
         Err(error) => return debug!(%error, peer = %peer.address, "connection failed"),
     };
     let Listener { settings, tls } = listener;
+    // A connection would hold on to an old certificate for as long as it stands.
     drop(tls);
     let ended = match ready.spoken {
         Spoken::Http1 => serve_http1(&proxy, &peer, ready, phase, &settings).await,
@@ -124,20 +125,18 @@ async fn prepare(
         Some(tls) => {
             let accepting = accept_tls(stream, tls);
             let (stream, session) = within(&timeout, timeouts.tls_handshake, accepting).await?;
-            let speaks_http2 = session.speaks_http2;
             peer.tls = Some(session);
-            if speaks_http2 {
-                return Ok(Ready {
-                    stream,
-                    spoken: Spoken::Http2,
-                    timeout,
-                });
-            }
             stream
         }
     };
-    let (read, spoken) = within(&timeout, timeouts.first_byte, sniff(&mut stream)).await?;
-    stream.put_back(read);
+    let agreed_on_http2 = peer.tls.as_ref().is_some_and(|tls| tls.speaks_http2);
+    let spoken = if agreed_on_http2 {
+        Spoken::Http2
+    } else {
+        let (read, spoken) = within(&timeout, timeouts.first_byte, sniff(&mut stream)).await?;
+        stream.put_back(read);
+        spoken
+    };
     Ok(Ready {
         stream,
         spoken,

@@ -245,15 +245,9 @@ impl Caller {
         method: &str,
         request: Request<impl Stream<Item = Note> + Send + 'static>,
     ) -> Result<Response<Streaming<Note>>, Status> {
-        let mut client = tonic::client::Grpc::new(self.channel.clone());
-        client
-            .ready()
-            .await
-            .map_err(|error| Status::unknown(error.to_string()))?;
-        let path = PathAndQuery::try_from(format!("/tests.Notes/{method}")).unwrap();
-        client
-            .streaming(request, path, ProstCodec::<Note, Note>::default())
-            .await
+        let codec = ProstCodec::<Note, Note>::default();
+        let mut client = self.client().await?;
+        client.streaming(request, path(method), codec).await
     }
 
     /// Calls a method with one note, for one.
@@ -262,14 +256,19 @@ impl Caller {
         method: &str,
         request: Request<Note>,
     ) -> Result<Response<Note>, Status> {
-        let mut client = tonic::client::Grpc::new(self.channel.clone());
-        client
-            .ready()
-            .await
-            .map_err(|error| Status::unknown(error.to_string()))?;
-        let path = PathAndQuery::try_from(format!("/tests.Notes/{method}")).unwrap();
-        client
-            .unary(request, path, ProstCodec::<Note, Note>::default())
-            .await
+        let codec = ProstCodec::<Note, Note>::default();
+        let mut client = self.client().await?;
+        client.unary(request, path(method), codec).await
     }
+
+    async fn client(&self) -> Result<tonic::client::Grpc<Channel>, Status> {
+        let mut client = tonic::client::Grpc::new(self.channel.clone());
+        let ready = client.ready().await;
+        ready.map_err(|error| Status::unknown(error.to_string()))?;
+        Ok(client)
+    }
+}
+
+fn path(method: &str) -> PathAndQuery {
+    PathAndQuery::try_from(format!("/tests.Notes/{method}")).unwrap()
 }
