@@ -66,20 +66,11 @@ async fn urls_are_rewritten_and_the_original_host_is_still_known() {
         urlRewrite: { hostname: inside.example, path: { type: ReplacePrefixMatch, replacePrefixMatch: /head } }",
     )
     .await;
-    for (path, seen) in [
-        ("/shop?q=1", "GET /head?q=1 HTTP/1.1"),
-        ("/shop/?q=1", "GET /head/?q=1 HTTP/1.1"),
-    ] {
-        let reply = get(proxy.address(), path, &[("host", "shop.example:81")]).await;
-        if path == "/shop?q=1" {
-            let lines: Vec<&str> = reply.text().lines().collect();
-            assert_eq!(lines[0], seen);
-            assert!(lines.contains(&"host: inside.example"), "{lines:#?}");
-            assert!(
-                lines.contains(&"x-forwarded-host: shop.example:81"),
-                "{lines:#?}"
-            );
-        }
+    let reply = get(proxy.address(), "/shop?q=1", &[("host", "shop.example:81")]).await;
+    let lines: Vec<&str> = reply.text().lines().collect();
+    assert_eq!(lines[0], "GET /head?q=1 HTTP/1.1");
+    for line in ["host: inside.example", "x-forwarded-host: shop.example:81"] {
+        assert!(lines.contains(&line), "{line} not in {lines:#?}");
     }
     // A prefix within is no match, and so stays as it is.
     assert_eq!(get(proxy.address(), "/shopping", &[]).await.text(), "one");

@@ -7,7 +7,7 @@ use std::path::Path;
 use http::StatusCode;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use rustls::{HandshakeKind, ProtocolVersion};
+use rustls::{CipherSuite, HandshakeKind, ProtocolVersion};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::support::tls::{Authority, Identity, shown, version};
@@ -22,6 +22,13 @@ const ONE: &str = "{ certificates: [ { certificateFile: one.crt, keyFile: one.ke
 
 fn der(identity: &Identity) -> CertificateDer<'static> {
     CertificateDer::from_pem_slice(identity.certificate.as_bytes()).unwrap()
+}
+
+/// What a new client is shown; one that has been there would resume its session.
+async fn certificate_of(proxy: &Proxy, authority: &Authority) -> CertificateDer<'static> {
+    let client = authority.client(&[]);
+    let stream = client.handshake(proxy.address(), "a").await.unwrap();
+    shown(&stream)
 }
 
 #[tokio::test]
@@ -55,7 +62,7 @@ async fn alpn_chooses_the_protocol_and_the_upstream_hears_https() {
 }
 
 #[tokio::test]
-async fn certificates_are_chosen_by_name_and_by_what_the_client_can_verify() {
+async fn certificates_are_chosen_by_name() {
     let upstream = Upstream::start("one").await;
     let authority = Authority::new("tests");
     let exact = authority.issue(&["shop.example.com"]);
@@ -91,6 +98,35 @@ async fn certificates_are_chosen_by_name_and_by_what_the_client_can_verify() {
     let error = client.handshake(proxy.address(), "other.example.org").await;
     let error = error.unwrap_err().to_string();
     assert!(error.contains("unused.example.org"), "{error}");
+}
+
+#[tokio::test]
+async fn of_two_for_a_name_a_client_gets_the_one_that_it_can_verify() {
+    let upstream = Upstream::start("one").await;
+    let authority = Authority::new("tests");
+    let elliptic = authority.issue(&["a"]);
+    let rsa = authority.issue_with(&["a"], &rcgen::PKCS_RSA_SHA256);
+    let config = with_tls(
+        "{ certificates: [
+            { certificateFile: elliptic.crt, keyFile: elliptic.key },
+            { certificateFile: rsa.crt, keyFile: rsa.key } ] }",
+        &single(upstream.address, ""),
+    );
+    let proxy = Proxy::start_with(&config, |directory| {
+        elliptic.write(directory, "elliptic");
+        rsa.write(directory, "rsa");
+    });
+    for (suite, expected) in [
+        (
+            CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+            &elliptic,
+        ),
+        (CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256, &rsa),
+    ] {
+        let client = authority.client(&[]).with_suite(suite);
+        let stream = client.handshake(proxy.address(), "a").await.unwrap();
+        assert_eq!(shown(&stream), der(expected), "{suite:?}");
+    }
 }
 
 #[tokio::test]
@@ -253,13 +289,7 @@ async fn a_changed_certificate_is_taken_over_and_connections_stay() {
         proxy.revision() > revision
     })
     .await;
-    // A new client, since the old one would resume its session.
-    let stream = authority
-        .client(&[])
-        .handshake(proxy.address(), "a")
-        .await
-        .unwrap();
-    assert_eq!(shown(&stream), der(&new));
+    assert_eq!(certificate_of(&proxy, &authority).await, der(&new));
     assert_eq!(before.get("/", &[]).await.status, StatusCode::OK);
 }
 
@@ -283,21 +313,11 @@ async fn a_key_that_does_not_match_is_refused_and_the_old_certificate_stays() {
         problems.contains("`one.key` is not the key of the certificate"),
         "{problems}"
     );
-    let stream = authority
-        .client(&[])
-        .handshake(proxy.address(), "a")
-        .await
-        .unwrap();
-    assert_eq!(shown(&stream), der(&old));
+    assert_eq!(certificate_of(&proxy, &authority).await, der(&old));
 
     write("one.key", &new.key);
     eventually("the pair is taken over", || proxy.revision() > revision).await;
-    let stream = authority
-        .client(&[])
-        .handshake(proxy.address(), "a")
-        .await
-        .unwrap();
-    assert_eq!(shown(&stream), der(&new));
+    assert_eq!(certificate_of(&proxy, &authority).await, der(&new));
 }
 
 #[tokio::test]

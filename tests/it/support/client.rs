@@ -134,6 +134,17 @@ impl Client {
         })
     }
 
+    /// Bodies of these sizes come back from `/echo` as they were sent.
+    pub(crate) async fn echoes(&mut self, sizes: &[usize]) {
+        for &size in sizes {
+            let body: Vec<u8> = (0..size).map(|position| (position % 251) as u8).collect();
+            let sent = self.send(Method::POST, "/echo", &[], body.clone()).await;
+            let returned = sent.unwrap().body;
+            assert_eq!(returned.len(), size);
+            assert!(returned == body, "a body of {size} bytes was changed");
+        }
+    }
+
     /// Sends a request as it is, and waits for the head of its response.
     pub(crate) async fn request(
         &mut self,

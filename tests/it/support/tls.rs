@@ -8,11 +8,13 @@ use std::sync::Arc;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SignatureAlgorithm,
 };
+use rustls::crypto::aws_lc_rs::default_provider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{
-    ClientConfig, ProtocolVersion, RootCertStore, ServerConfig, SupportedProtocolVersion,
+    CipherSuite, ClientConfig, ProtocolVersion, RootCertStore, ServerConfig,
+    SupportedProtocolVersion,
 };
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -37,6 +39,7 @@ pub(crate) struct Identity {
 #[derive(Clone)]
 pub(crate) struct TlsClient {
     config: ClientConfig,
+    roots: Arc<RootCertStore>,
 }
 
 impl Authority {
@@ -92,7 +95,7 @@ impl Authority {
         own: Option<&Identity>,
         versions: &[&'static SupportedProtocolVersion],
     ) -> TlsClient {
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let provider = Arc::new(default_provider());
         let builder = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)
             .unwrap()
@@ -107,14 +110,17 @@ impl Authority {
             None => builder.with_no_client_auth(),
         };
         config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
-        TlsClient { config }
+        TlsClient {
+            config,
+            roots: self.roots(),
+        }
     }
 }
 
 impl Identity {
     /// What a server with this certificate accepts, from clients that `clients` has signed.
     pub(crate) fn server(&self, alpn: &[&str], clients: Option<&Authority>) -> ServerConfig {
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let provider = Arc::new(default_provider());
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
             .unwrap();
@@ -141,6 +147,20 @@ impl Identity {
 }
 
 impl TlsClient {
+    /// The same client in TLS 1.2, with nothing but this cipher suite: it says with which kind of key
+    /// a server has to prove itself.
+    pub(crate) fn with_suite(mut self, suite: CipherSuite) -> Self {
+        let mut provider = default_provider();
+        provider.cipher_suites.retain(|one| one.suite() == suite);
+        let roots = self.roots.clone();
+        self.config = ClientConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(&[&rustls::version::TLS12])
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        self
+    }
+
     /// Connects and asks for the certificate of `name`.
     pub(crate) async fn handshake(
         &self,
