@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,10 +19,16 @@ use crate::proxy::timeouts::{Timeout, Timeouts};
 
 use super::conduct::Busy;
 
+/// What is handed on of a response at once, in bytes: what a frame holds unless the client says
+/// otherwise (RFC 9113 section 4.2), and what it has to take within its limit.
+const PART: usize = 16 << 10;
+
 /// The body of a response; as long as it is there, the connection is busy.
 #[derive(Debug)]
 pub(super) struct Served {
     body: ReplyBody,
+    /// What has come of it and is not handed on yet, in HTTP/2.
+    rest: Bytes,
     _busy: Busy,
     /// In HTTP/2.
     clock: Option<Rc<StreamClock>>,
@@ -65,6 +71,7 @@ impl Served {
     pub(super) fn new(body: ReplyBody, busy: Busy) -> Self {
         Self {
             body,
+            rest: Bytes::new(),
             _busy: busy,
             clock: None,
         }
@@ -74,9 +81,29 @@ impl Served {
     pub(super) fn timed(body: ReplyBody, busy: Busy, clock: Rc<StreamClock>) -> Self {
         Self {
             body,
+            rest: Bytes::new(),
             _busy: busy,
             clock: Some(clock),
         }
+    }
+}
+
+impl Served {
+    /// The next part: small, so that a client which takes a little now and then is not taken for one
+    /// that takes nothing.
+    fn poll_part(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if self.rest.is_empty() {
+            let frame = match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+                Some(Ok(frame)) => frame,
+                other => return Poll::Ready(other),
+            };
+            match frame.into_data() {
+                Ok(data) => self.rest = data,
+                Err(frame) => return Poll::Ready(Some(Ok(frame))),
+            }
+        }
+        let part = self.rest.split_to(self.rest.len().min(PART));
+        Poll::Ready(Some(Ok(Frame::data(part))))
     }
 }
 
@@ -88,18 +115,20 @@ impl Body for Served {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let polled = Pin::new(&mut self.body).poll_frame(cx);
-        if let Some(clock) = &self.clock {
-            clock.0.set(polled.is_ready().then(Instant::now));
-        }
+        let Some(clock) = self.clock.clone() else {
+            return Pin::new(&mut self.body).poll_frame(cx);
+        };
+        let polled = self.poll_part(cx);
+        clock.0.set(polled.is_ready().then(Instant::now));
         polled
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
+        // hyper asks before it takes anything, and nothing is kept back then.
         self.body.size_hint()
     }
 }

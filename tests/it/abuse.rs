@@ -270,3 +270,40 @@ fn resident_kib() -> usize {
         .unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
+
+/// A client that takes little, but goes on taking, is slow and no attack.
+#[tokio::test]
+async fn a_slow_but_steady_reader_is_served_to_the_end() {
+    let (proxy, _upstream) = start(", timeouts: { write: 700ms }").await;
+    let mut connection = Frames::connect(proxy.address()).await;
+    let window = 4000_u32;
+    let setting = [&[0, 4][..], &window.to_be_bytes()].concat();
+    connection.send(SETTINGS, 0, 0, &setting).await;
+    connection
+        .send(HEADERS, WHOLE, 1, &get("/bytes/200000"))
+        .await;
+    let (mut received, mut taken) = (0, 0);
+    let begun = Instant::now();
+    while received < 200_000 {
+        let frame = connection.next().await.expect("it goes on");
+        assert_ne!(frame.kind, RST_STREAM, "after {received} bytes");
+        if frame.kind != DATA {
+            continue;
+        }
+        received += frame.payload.len();
+        taken += u32::try_from(frame.payload.len()).unwrap();
+        // Once the window is used up, or it would come to be used in ever smaller pieces.
+        if taken >= window {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            for stream in [0, 1] {
+                let update = taken.to_be_bytes();
+                connection.send(WINDOW_UPDATE, 0, stream, &update).await;
+            }
+            taken = 0;
+        }
+    }
+    assert!(
+        begun.elapsed() > Duration::from_millis(1500),
+        "longer than the limit"
+    );
+}
