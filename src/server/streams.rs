@@ -2,6 +2,7 @@
 //! ever.
 
 use std::cell::{Cell, RefCell};
+use std::mem;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -102,7 +103,10 @@ impl Served {
                 Err(frame) => return Poll::Ready(Some(Ok(frame))),
             }
         }
-        let part = self.rest.split_to(self.rest.len().min(PART));
+        let part = match self.rest.len() {
+            ..=PART => mem::take(&mut self.rest),
+            _ => self.rest.split_to(PART),
+        };
         Poll::Ready(Some(Ok(Frame::data(part))))
     }
 }
