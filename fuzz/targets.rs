@@ -14,6 +14,7 @@ use serin::proxy::headers::Survey;
 use serin::proxy::origin::{Origin, Peer, canonical_target, head, host};
 use serin::proxy_protocol;
 use serin::routing::path::canonical;
+use serin::telemetry::trace_context::TraceContext;
 
 /// A configuration: whatever it is, reading it ends, and what is sound can be compiled.
 pub(crate) fn config(bytes: &[u8]) {
@@ -99,6 +100,16 @@ pub(crate) fn proxy_header(bytes: &[u8]) {
                 (client.ip().to_canonical(), client.port())
             );
         }
+    }
+}
+
+/// The `traceparent` field: what is read is written in the same way, but for later versions.
+pub(crate) fn traceparent(bytes: &[u8]) {
+    if let Some(context) = TraceContext::parse(bytes) {
+        assert!(context.trace_id != 0 && context.parent_id != 0);
+        let written = context.to_string();
+        assert_eq!(written.as_bytes()[2..], bytes[2..written.len()]);
+        assert_eq!(TraceContext::parse(written.as_bytes()), Some(context));
     }
 }
 

@@ -3,3 +3,4 @@
 pub mod access_log;
 pub mod histogram;
 pub mod metrics;
+pub mod trace_context;

@@ -13,6 +13,7 @@ use crate::routing::Decision;
 use crate::snapshot::Route;
 use crate::telemetry::access_log::{Line, LogValue, WorkerLog};
 use crate::telemetry::metrics::{MethodLabel, Protocol, TargetMetrics, WorkerMetrics};
+use crate::telemetry::trace_context::TraceContext;
 
 use super::body::Progress;
 use super::error::client_gone;
@@ -380,6 +381,12 @@ impl Entry {
         line.field("protocol", LogValue::Text(protocol(request.version())));
         if let Some(agent) = headers.get(USER_AGENT) {
             line.field("user_agent", LogValue::Bytes(agent.as_bytes()));
+        }
+        if let Some(trace) = TraceContext::of(headers) {
+            line.field(
+                "trace_id",
+                LogValue::Text(&format!("{:032x}", trace.trace_id)),
+            );
         }
         Self {
             line,

@@ -59,6 +59,10 @@ async fn a_line_says_who_asked_for_what_where_it_went_and_why() {
         ("x-user-id", "user-1"),
         ("x-qa", "1"),
         ("user-agent", "curl \"8\""),
+        (
+            "traceparent",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        ),
     ];
     let mut client = Client::connect(proxy.address()).await;
     let sent = client.send(Method::POST, "/echo?user_id=secret", &headers, "hello");
@@ -67,7 +71,7 @@ async fn a_line_says_who_asked_for_what_where_it_went_and_why() {
     assert!(line["upstream_ms"].is_f64(), "{line}");
     let expected = json!({
         "method": "POST", "host": "Shop.example.com:80", "path": "/echo", "protocol": "HTTP/1.1",
-        "user_agent": "curl \"8\"", "client_ip": "127.0.0.1",
+        "user_agent": "curl \"8\"", "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736", "client_ip": "127.0.0.1",
         "route": "shop", "backend": "shop-canary", "version": "2", "reason": "rule", "rule": "qa",
         "user": "7c7615c11438e5c9", "endpoint": canary.address.to_string(),
         "status": 200, "bytes_in": 5, "bytes_out": 5,

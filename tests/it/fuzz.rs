@@ -84,3 +84,8 @@ fn forwarded_headers() {
 fn headers_of_the_proxy_protocol() {
     run("proxy_protocol", targets::proxy_header, MUTATIONS);
 }
+
+#[test]
+fn traces() {
+    run("traceparent", targets::traceparent, MUTATIONS);
+}
