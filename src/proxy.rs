@@ -232,13 +232,13 @@ impl Proxy {
         let verdict = Verdict::new(&decision, route, &origin, &parts.headers, snapshot);
 
         let backend = &target.backend;
-        let endpoint = backend.choose(self.roll()).ok_or(ProxyError::NoEndpoint)?;
         let call = route.call(&parts, is_call)?;
-        let limit = route.body_limit(&origin, call.is_some(), &body)?;
         let translation = call.map(|call| Translation::new(call, &mut parts));
         if let Some(translation) = &translation {
             exchange.becomes_translated_call(translation);
         }
+        let endpoint = backend.choose(self.roll()).ok_or(ProxyError::NoEndpoint)?;
+        let limit = route.body_limit(&origin, translation.is_some(), &body)?;
         let limits = self.limits(route, is_call, &parts.headers, exchange);
         self.via.append(&mut parts.headers, parts.version);
         let needs = Needs {

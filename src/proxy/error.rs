@@ -228,6 +228,9 @@ impl ProxyError {
     fn reply_to_call(self, mut exchange: Exchange) -> Response<ReplyBody> {
         let status = self.grpc_status();
         exchange.call_ended(status);
+        if let Some(translation) = exchange.translation() {
+            translation.replied(self.status());
+        }
         match self {
             Self::ClientGone => exchange.replied(client_gone(), self.token(), 0),
             _ => exchange.replied(StatusCode::OK, self.token(), 0),

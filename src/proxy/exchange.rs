@@ -316,8 +316,8 @@ impl Drop for Exchange {
     /// A client that went away before it was sent a status counts as 499, nginx's code for it.
     fn drop(&mut self) {
         let mut status = self.status.unwrap_or_else(client_gone);
-        if let (Some(_), Grpc::Ended(ended)) = (&self.translation, self.grpc) {
-            status = ended.to_http();
+        if let (Some(translation), Grpc::Ended(ended)) = (&self.translation, self.grpc) {
+            status = translation.status(ended);
         }
         let duration = self.started.elapsed();
         let metrics = &self.metrics;

@@ -3,7 +3,7 @@
 //! To everything else such a request is a call of gRPC: what the endpoint, the metrics and errors of
 //! our own make of it is turned into HTTP and JSON here, at the very end.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -54,6 +54,8 @@ struct Translated {
     call: Call,
     /// What is wrong with the request, for its sender.
     fault: RefCell<Option<String>>,
+    /// What a reply of our own would have as its status without gRPC, which knows fewer of them.
+    replied: Cell<Option<StatusCode>>,
 }
 
 /// The messages of a response, as they come.
@@ -120,7 +122,8 @@ impl Translation {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         Self(Rc::new(Translated {
             call,
-            fault: RefCell::new(None),
+            fault: RefCell::default(),
+            replied: Cell::default(),
         }))
     }
 
@@ -130,6 +133,16 @@ impl Translation {
         let message = self.0.call.request(body);
         let keep = |fault| *self.0.fault.borrow_mut() = Some(fault);
         message.map_err(keep).ok()
+    }
+
+    /// It is answered by a reply of our own, which has this status where gRPC is not spoken.
+    pub fn replied(&self, status: StatusCode) {
+        self.0.replied.set(Some(status));
+    }
+
+    /// The status in HTTP of a call that has ended so.
+    pub fn status(&self, ended: grpc::Status) -> StatusCode {
+        self.0.replied.get().unwrap_or_else(|| ended.to_http())
     }
 
     /// Turns the response of a call into what the client understands. Waits for the first message,
@@ -171,8 +184,8 @@ impl Translation {
                 )
             }
             Beginning::Failure(failure) => {
-                let json = self.status(&failure).to_string();
-                (failure.status.to_http(), JSON, ReplyBody::local(json))
+                let json = self.describe(&failure).to_string();
+                (self.status(failure.status), JSON, ReplyBody::local(json))
             }
         };
         headers.insert(CONTENT_TYPE, kind);
@@ -207,7 +220,7 @@ impl Translation {
     }
 
     /// google.rpc.Status; what is wrong with the request is known better here than anywhere else.
-    fn status(&self, failure: &Failure) -> Value {
+    fn describe(&self, failure: &Failure) -> Value {
         let fault = self.0.fault.take();
         let message = fault.as_deref().unwrap_or(&failure.message);
         let details = failure.details.as_ref().map(HeaderValue::as_bytes);
@@ -334,7 +347,7 @@ impl JsonLines {
             Next::Broken => Failure::broken(),
         };
         self.is_over = true;
-        let json = serde_json::json!({ "error": self.translation.status(&failure) });
+        let json = serde_json::json!({ "error": self.translation.describe(&failure) });
         let json = json.to_string().into_bytes();
         Poll::Ready(Some(Ok(Frame::data(line(json)))))
     }

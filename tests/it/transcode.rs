@@ -11,7 +11,7 @@ use tokio::net::TcpListener;
 use tonic::Request;
 
 use crate::support::grpc::{Caller, Service, note};
-use crate::support::{Client, Proxy, Reply, eventually};
+use crate::support::{Client, Proxy, Raw, Reply, eventually};
 
 /// Compiles a definition, as `protoc --include_imports` would.
 fn compile(file: &str) -> Vec<u8> {
@@ -336,6 +336,13 @@ async fn errors_of_the_proxys_own_are_json_as_well() {
     let reply = ask(&proxy, "GET", "/v1/name", "").await;
     assert_eq!(
         (reply.status, &reply.json()["code"]),
+        (StatusCode::BAD_GATEWAY, &json!(14))
+    );
+    let nobody = config(refused, "").replace(&format!("'{refused}'"), "");
+    let nobody = Proxy::start_with(&nobody, define);
+    let reply = ask(&nobody, "GET", "/v1/name", "").await;
+    assert_eq!(
+        (reply.status, &reply.json()["code"]),
         (StatusCode::SERVICE_UNAVAILABLE, &json!(14))
     );
 
@@ -345,6 +352,21 @@ async fn errors_of_the_proxys_own_are_json_as_well() {
     let large = format!("{{\"text\": \"{}\"}}", "x".repeat(200));
     let reply = ask(&proxy, "POST", "/v1/notes", &large).await;
     assert_eq!(reply.status, StatusCode::PAYLOAD_TOO_LARGE);
+    let mut client = Raw::connect(proxy.address()).await;
+    client
+        .send("POST /v1/notes HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
+        .await;
+    client
+        .send(&format!("{:x}\r\n{large}\r\n", large.len()))
+        .await;
+    let head = client.read_until("\r\n\r\n").await;
+    assert!(head.starts_with("HTTP/1.1 413 "), "{head}");
+    let too_large = [("version", "1"), ("code", "413")];
+    eventually("both are counted", || {
+        proxy.metric("serin_requests_total", &too_large) == 2.0
+    })
+    .await;
+
     let slow = config(service.address, "    timeouts: { request: 200ms }\n");
     let slow = Proxy::start_with(&slow, define);
     let reply = ask(&slow, "GET", "/v1/hang-late", "").await;
