@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::config::document::Path;
 use crate::config::{BackendIndex, Route, RouteTarget, file, value};
+use crate::filter::Filters;
 use crate::routing::BASELINE;
 use crate::routing::matcher::{Condition, PathMatcher};
 use crate::routing::table::RouteMatch;
@@ -33,18 +34,13 @@ impl Checker<'_> {
         let matches = self.matches(&route.matches, &at.key("matches"));
         let filters = self.filters(&route.filters, &at.key("filters"), matches.as_deref());
         let transcoder = match &route.transcode {
-            Some(transcode) => self.transcoder(transcode, &at.key("transcode")).map(Some),
+            Some(transcode) => {
+                self.refuse_http1(route, &at.key("backendRefs"), backends, backend_names);
+                self.refuse_rewritten_path(filters.as_ref(), &at.key("transcode"));
+                self.transcoder(transcode, &at.key("transcode")).map(Some)
+            }
             None => Some(None),
         };
-        if route.transcode.is_some() {
-            self.refuse_http1(route, &at.key("backendRefs"), backends, backend_names);
-        }
-        if let (Some(Some(_)), Some(filters)) = (&transcoder, &filters)
-            && filters.path.is_some()
-        {
-            let message = "the path of a call is its method's, which cannot be rewritten";
-            self.error(&at.key("transcode"), message, None);
-        }
         let redirects = route
             .filters
             .iter()
@@ -57,23 +53,8 @@ impl Checker<'_> {
             backend_names,
         );
         let gray = self.gray(route, &at.key("gray"), backend_names, list_names);
-        let timeouts = at.key("timeouts");
-        let request = self.duration(
-            route.timeouts.request.as_deref(),
-            Duration::ZERO,
-            &timeouts.key("request"),
-        );
-        let backend_request = self.duration(
-            route.timeouts.backend_request.as_deref(),
-            BACKEND_REQUEST_TIMEOUT,
-            &timeouts.key("backendRequest"),
-        );
-        let tunnel_idle = self.duration(
-            route.timeouts.tunnel_idle.as_deref(),
-            TUNNEL_IDLE_TIMEOUT,
-            &timeouts.key("tunnelIdle"),
-        );
-        let limit = |duration: Duration| Some(duration).filter(|duration| !duration.is_zero());
+        let timeouts = self.route_timeouts(&route.timeouts, &at.key("timeouts"));
+        let [request_timeout, backend_timeout, tunnel_idle] = timeouts?;
         Some(Route {
             name: name?,
             hostnames: hostnames?,
@@ -83,12 +64,39 @@ impl Checker<'_> {
             transcoder: transcoder?,
             keeps_escaped_slashes: route.escaped_slashes == file::EscapedSlashes::Keep,
             body_limit: route.limits.request_body.map(|size| size.0),
-            request_timeout: limit(request?),
-            backend_timeout: limit(backend_request?),
-            tunnel_idle: limit(tunnel_idle?),
+            request_timeout,
+            backend_timeout,
+            tunnel_idle,
             gray: gray?,
             expose_version: route.expose_version,
         })
+    }
+
+    /// For a request, for its backend, and for a tunnel; zero is for ever.
+    fn route_timeouts(
+        &mut self,
+        timeouts: &file::RouteTimeouts,
+        at: &Path,
+    ) -> Option<[Option<Duration>; 3]> {
+        let mut limit = |text: &Option<String>, default, key| {
+            let duration = self.duration(text.as_deref(), default, &at.key(key))?;
+            Some(Some(duration).filter(|duration| !duration.is_zero()))
+        };
+        let request = limit(&timeouts.request, Duration::ZERO, "request");
+        let backend_request = limit(
+            &timeouts.backend_request,
+            BACKEND_REQUEST_TIMEOUT,
+            "backendRequest",
+        );
+        let tunnel_idle = limit(&timeouts.tunnel_idle, TUNNEL_IDLE_TIMEOUT, "tunnelIdle");
+        Some([request?, backend_request?, tunnel_idle?])
+    }
+
+    fn refuse_rewritten_path(&mut self, filters: Option<&Filters>, at: &Path) {
+        if filters.is_some_and(|filters| filters.path.is_some()) {
+            let message = "the path of a call is its method's, which cannot be rewritten";
+            self.error(at, message, None);
+        }
     }
 
     /// gRPC needs HTTP/2.
