@@ -534,12 +534,11 @@ impl UpstreamBody {
             Some(Err(error)) => {
                 let broken = Some("http_response_incomplete");
                 let words = "the upstream broke off its response";
-                return Poll::Ready(Some(
-                    match self.cut(grpc::Status::UNAVAILABLE, words, broken) {
-                        Some(trailers) => Ok(trailers),
-                        None => Err(BodyError::Upstream(error)),
-                    },
-                ));
+                let status = grpc::Status::from_broken(&error);
+                return Poll::Ready(Some(match self.cut(status, words, broken) {
+                    Some(trailers) => Ok(trailers),
+                    None => Err(BodyError::Upstream(error)),
+                }));
             }
             None => {
                 self.end();

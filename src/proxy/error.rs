@@ -184,6 +184,7 @@ impl ProxyError {
             }
             Self::Untranslatable => grpc::Status::INVALID_ARGUMENT,
             Self::ClientGone => grpc::Status::CANCELLED,
+            Self::Terminated(error) => grpc::Status::from_broken(error),
             _ => grpc::Status::from_http(self.status()),
         }
     }

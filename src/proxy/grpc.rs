@@ -1,8 +1,10 @@
 //! What of gRPC a gateway has to know: which requests are gRPC, how long they may take, and how one
 //! ends ("gRPC over HTTP2", PROTOCOL-HTTP2.md).
 
+use std::error::Error;
 use std::time::Duration;
 
+use h2::Reason;
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use http::{Response, StatusCode};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
@@ -57,6 +59,22 @@ impl Status {
             404 => Self::UNIMPLEMENTED,
             429 | 502..=504 => Self::UNAVAILABLE,
             _ => Self::UNKNOWN,
+        }
+    }
+
+    /// What it means that the upstream brought no whole response: it may have said so by resetting the
+    /// call's stream ("HTTP2 Transport Mapping", Errors).
+    pub fn from_broken(error: &hyper::Error) -> Self {
+        let reset = error
+            .source()
+            .and_then(|source| source.downcast_ref::<h2::Error>())
+            .filter(|error| error.is_reset() && error.is_remote());
+        match reset.and_then(h2::Error::reason) {
+            None | Some(Reason::REFUSED_STREAM) => Self::UNAVAILABLE,
+            Some(Reason::CANCEL) => Self::CANCELLED,
+            Some(Reason::ENHANCE_YOUR_CALM) => Self::RESOURCE_EXHAUSTED,
+            Some(Reason::INADEQUATE_SECURITY) => Self::PERMISSION_DENIED,
+            Some(_) => Self::INTERNAL,
         }
     }
 

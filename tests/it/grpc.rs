@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use h2::Reason;
 use http::{Method, StatusCode};
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
@@ -336,4 +337,53 @@ async fn a_stream_may_rest_longer_than_a_body_may_stall() {
     }
     drop(sender);
     assert_eq!(call.await.unwrap().unwrap().unwrap().number, 21);
+}
+
+/// A service that resets every stream with this code, some behind the head of a response.
+async fn resetting(reason: Reason) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(stream).await.unwrap();
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    if request.uri().path().ends_with("/Name") {
+                        respond.send_reset(reason);
+                        continue;
+                    }
+                    let response =
+                        http::Response::builder().header("content-type", "application/grpc");
+                    let mut body = respond
+                        .send_response(response.body(()).unwrap(), false)
+                        .unwrap();
+                    body.send_data(vec![0; 5].into(), false).unwrap();
+                    body.send_reset(reason);
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn the_reset_of_a_stream_means_what_it_means_without_the_proxy() {
+    for (reason, status) in [
+        (Reason::REFUSED_STREAM, Code::Unavailable),
+        (Reason::CANCEL, Code::Cancelled),
+        (Reason::ENHANCE_YOUR_CALM, Code::ResourceExhausted),
+        (Reason::INADEQUATE_SECURITY, Code::PermissionDenied),
+        (Reason::INTERNAL_ERROR, Code::Internal),
+    ] {
+        let proxy = Proxy::start(&h2c(resetting(reason).await, ""));
+        let caller = Caller::connect(proxy.address()).await;
+        for method in ["Name", "Fail"] {
+            let error = caller.unary(method, Request::new(note("", 0))).await;
+            assert_eq!(error.unwrap_err().code(), status, "{reason:?} {method}");
+        }
+        eventually("both are the service's failures", || {
+            failures(&proxy) == 2.0
+        })
+        .await;
+    }
 }
