@@ -257,10 +257,11 @@ async fn serve_http2(
         let busy = counted.begin(false);
         let clock = executor.next_stream();
         let (proxy, peer) = (Rc::clone(&proxy), Rc::clone(&peer));
-        async move {
+        // Boxed: a stream is moved a few times before it runs.
+        Box::pin(async move {
             let response = proxy.handle(&peer, request).await;
             Ok::<_, Infallible>(response.map(|body| Served::timed(body, busy, clock)))
-        }
+        })
     });
     // Held by the peer and here; by more as long as there is a tunnel, which is a use without requests.
     let has_tunnels = || Rc::strong_count(&guards) > 2;

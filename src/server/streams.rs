@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use hyper::body::{Body, Frame, SizeHint};
 use hyper::rt::Executor;
 use pin_project_lite::pin_project;
@@ -24,15 +24,29 @@ use super::conduct::Busy;
 /// otherwise (RFC 9113 section 4.2), and what it has to take within its limit.
 const PART: usize = 16 << 10;
 
+/// Frames with fewer bytes than this cost more than copying them into one does.
+const LITTLE: usize = 4 << 10;
+
+/// What a body gives when it is asked.
+type Given = Option<Result<Frame<Bytes>, BodyError>>;
+
 /// The body of a response; as long as it is there, the connection is busy.
 #[derive(Debug)]
 pub(super) struct Served {
     body: ReplyBody,
-    /// What has come of it and is not handed on yet, in HTTP/2.
-    rest: Bytes,
     _busy: Busy,
     /// In HTTP/2.
-    clock: Option<Rc<StreamClock>>,
+    parts: Option<Parts>,
+}
+
+/// How a body is handed on in HTTP/2.
+#[derive(Debug)]
+struct Parts {
+    /// Data that have come and are not handed on yet.
+    rest: Bytes,
+    /// What has come behind them.
+    behind: Option<Given>,
+    clock: Rc<StreamClock>,
 }
 
 /// Since when an HTTP/2 client has left no room for more of a response (RFC 9113 section 5.2).
@@ -40,7 +54,19 @@ pub(super) struct Served {
 /// hyper asks a body for more when the client has left room. So what tells a slow client from a
 /// slow upstream is whether the body was asked since it last gave something.
 #[derive(Debug, Default)]
-pub(super) struct StreamClock(Cell<Option<Instant>>);
+pub(super) struct StreamClock(Cell<Turn>);
+
+/// Who has to do something before a response can go on.
+#[derive(Clone, Copy, Debug, Default)]
+enum Turn {
+    /// The upstream.
+    #[default]
+    Upstream,
+    /// The client, from now on.
+    Client,
+    /// The client, since then.
+    ClientSince(Instant),
+}
 
 /// Runs the streams of one HTTP/2 connection, and ends those whose client takes nothing for too
 /// long: other streams of the connection may be fine.
@@ -72,35 +98,75 @@ impl Served {
     pub(super) fn new(body: ReplyBody, busy: Busy) -> Self {
         Self {
             body,
-            rest: Bytes::new(),
             _busy: busy,
-            clock: None,
+            parts: None,
         }
     }
 
     /// A body of HTTP/2.
     pub(super) fn timed(body: ReplyBody, busy: Busy, clock: Rc<StreamClock>) -> Self {
+        let parts = Parts {
+            rest: Bytes::new(),
+            behind: None,
+            clock,
+        };
         Self {
             body,
-            rest: Bytes::new(),
             _busy: busy,
-            clock: Some(clock),
+            parts: Some(parts),
         }
     }
 }
 
-impl Served {
+impl Body for Served {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Given> {
+        let Self { body, parts, .. } = &mut *self;
+        match parts {
+            None => Pin::new(body).poll_frame(cx),
+            Some(parts) => {
+                let polled = parts.poll_next(body, cx);
+                parts.clock.asked(polled.is_ready());
+                polled
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.parts {
+            Some(Parts { rest, .. }) if !rest.is_empty() => false,
+            Some(Parts {
+                behind: Some(behind),
+                ..
+            }) => behind.is_none(),
+            _ => self.body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        // hyper asks before it takes anything, and nothing is kept back then.
+        self.body.size_hint()
+    }
+}
+
+// === impl Parts ===
+
+impl Parts {
     /// The next part: small, so that a client which takes a little now and then is not taken for one
     /// that takes nothing.
-    fn poll_part(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn poll_next(&mut self, body: &mut ReplyBody, cx: &mut Context<'_>) -> Poll<Given> {
         if self.rest.is_empty() {
-            let frame = match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
-                Some(Ok(frame)) => frame,
-                other => return Poll::Ready(other),
-            };
-            match frame.into_data() {
+            if let Some(behind) = self.behind.take() {
+                return Poll::Ready(behind);
+            }
+            match data(ready!(Pin::new(&mut *body).poll_frame(cx))) {
                 Ok(data) => self.rest = data,
-                Err(frame) => return Poll::Ready(Some(Ok(frame))),
+                Err(other) => return Poll::Ready(other),
+            }
+            if self.rest.len() < LITTLE && !body.is_end_stream() {
+                self.gather(body, cx);
             }
         }
         let part = match self.rest.len() {
@@ -109,31 +175,65 @@ impl Served {
         };
         Poll::Ready(Some(Ok(Frame::data(part))))
     }
+
+    /// Adds what is there already: where an upstream's frames end means nothing (RFC 9113 section
+    /// 6.1), and a stream of small messages costs less in few of them.
+    fn gather(&mut self, body: &mut ReplyBody, cx: &mut Context<'_>) {
+        let mut gathered = BytesMut::new();
+        while self.rest.len() + gathered.len() < PART
+            && let Poll::Ready(given) = Pin::new(&mut *body).poll_frame(cx)
+        {
+            match data(given) {
+                Ok(data) => {
+                    if gathered.is_empty() {
+                        gathered.reserve(LITTLE);
+                        gathered.extend_from_slice(&mem::take(&mut self.rest));
+                    }
+                    gathered.extend_from_slice(&data);
+                }
+                Err(other) => {
+                    self.behind = Some(other);
+                    break;
+                }
+            }
+        }
+        if !gathered.is_empty() {
+            self.rest = gathered.freeze();
+        }
+    }
 }
 
-impl Body for Served {
-    type Data = Bytes;
-    type Error = BodyError;
+/// The data that a body has given, or what else it has.
+fn data(given: Given) -> Result<Bytes, Given> {
+    match given {
+        Some(Ok(frame)) => frame.into_data().map_err(|frame| Some(Ok(frame))),
+        other => Err(other),
+    }
+}
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let Some(clock) = self.clock.clone() else {
-            return Pin::new(&mut self.body).poll_frame(cx);
-        };
-        let polled = self.poll_part(cx);
-        clock.0.set(polled.is_ready().then(Instant::now));
-        polled
+// === impl StreamClock ===
+
+impl StreamClock {
+    /// The body was asked for more, and gave something or did not.
+    fn asked(&self, has_given: bool) {
+        self.0.set(match has_given {
+            true => Turn::Client,
+            false => Turn::Upstream,
+        });
     }
 
-    fn is_end_stream(&self) -> bool {
-        self.rest.is_empty() && self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        // hyper asks before it takes anything, and nothing is kept back then.
-        self.body.size_hint()
+    /// Since when the client has left no room, if it has none now that the stream stands still.
+    fn stands_since(&self) -> Option<Instant> {
+        match self.0.get() {
+            Turn::Upstream => None,
+            Turn::Client => {
+                // Asked for only now, since most responses never stand still.
+                let now = Instant::now();
+                self.0.set(Turn::ClientSince(now));
+                Some(now)
+            }
+            Turn::ClientSince(since) => Some(since),
+        }
     }
 }
 
@@ -181,7 +281,7 @@ impl<F: Future> Future for Supervised<F> {
         if this.stream.poll(cx).is_ready() {
             return Poll::Ready(());
         }
-        let Some(since) = this.clock.0.get() else {
+        let Some(since) = this.clock.stands_since() else {
             return Poll::Pending;
         };
         let timeout = this.timeout.get_or_insert_with(|| this.timeouts.timeout());
