@@ -188,6 +188,12 @@ impl Default for Http2Policy {
 // === impl HeaderEdits ===
 
 impl HeaderEdits {
+    /// What it decides about.
+    pub fn names(&self) -> impl Iterator<Item = &HeaderName> {
+        let written = self.set.iter().chain(&self.add).map(|(name, _)| name);
+        self.remove.iter().chain(written)
+    }
+
     /// Applies the changes.
     pub fn apply(&self, headers: &mut HeaderMap) {
         for name in &self.remove {

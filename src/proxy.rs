@@ -29,6 +29,7 @@ use http::header::{HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body, Incoming};
+use scopeguard::{ScopeGuard, guard};
 use tokio::time::Instant;
 
 use crate::backend::{Endpoint, Lease};
@@ -205,6 +206,13 @@ impl Proxy {
         request: Request<Incoming>,
     ) -> Result<Routed<'s>, Instead> {
         let (mut parts, body) = request.into_parts();
+        let is_http2 = parts.version == Version::HTTP_2;
+        let body = guard(body, |body| {
+            // It is answered here.
+            if is_http2 {
+                body::linger(body);
+            }
+        });
         let Admitted {
             origin,
             survey,
@@ -240,7 +248,6 @@ impl Proxy {
         let endpoint = backend.choose(self.roll()).ok_or(ProxyError::NoEndpoint)?;
         let limit = route.body_limit(&origin, translation.is_some(), &body)?;
         let limits = self.limits(route, is_call, &parts.headers, exchange);
-        self.via.append(&mut parts.headers, parts.version);
         let needs = Needs {
             trailers: translation.is_some()
                 || survey.has(Survey::TE) && headers::accepts_trailers(&parts.headers),
@@ -249,6 +256,7 @@ impl Proxy {
         let is_told = backend.transport.proxy_protocol.is_some();
         let subjects = &snapshot.subject_headers;
         headers::prepare_request(&mut parts, survey, route, endpoint, subjects, &origin);
+        self.via.append(&mut parts.headers, parts.version);
         headers::rewrite(&mut parts, route, matched);
         backend.request_headers.apply(&mut parts.headers);
         if let Some(wish) = &wish {
@@ -256,12 +264,13 @@ impl Proxy {
         }
         let rules = || BodyRules {
             limit,
-            // A stream of gRPC may rest as long as it likes.
             gap: origin.body_gap().filter(|_| !is_call),
+            rest: route.tunnel_idle,
             timeout: self.timeouts.timeout(),
             route: Arc::clone(route),
             subject_headers: Arc::clone(&snapshot.subject_headers),
         };
+        let body = ScopeGuard::into_inner(body);
         let (body, progress) = match translation {
             None => RequestBody::new(body, exchange.decided_at(), rules),
             Some(translation) => {
@@ -298,12 +307,12 @@ impl Proxy {
         let origin = Origin::new(snapshot, peer, &parts.headers);
         exchange.came_from(&origin);
         let survey = Survey::of(&parts.headers);
-        let is_call = survey.has(Survey::CONTENT_TYPE) && grpc::is_call(&parts.headers);
+        let is_call = survey.has(Survey::CONTENT_TYPE) && grpc::is_call(parts);
         if is_call {
             exchange.becomes_call();
         }
-        headers::refuse_beyond_limits(parts, origin.listener)?;
         headers::join_cookies(&mut parts.headers, survey);
+        headers::refuse_beyond_limits(parts, origin.listener)?;
         if survey.has(Survey::VIA) {
             self.via.refuse_loop(&parts.headers)?;
         }
@@ -348,7 +357,7 @@ impl Proxy {
                 progress.answered();
                 let ends = answered(&mut response, wish, &mut exchange)?;
                 let survey = Survey::of(response.headers());
-                headers::prepare_response(response.headers_mut(), survey, route, target, &verdict);
+                headers::prepare_response(&mut response, survey, route, target, &verdict);
                 Ok(Answer {
                     response,
                     lease,
@@ -359,7 +368,10 @@ impl Proxy {
             });
             let response = match answer {
                 Ok(answer) => answer.into_response(exchange),
-                Err(error) => error.reply(exchange),
+                Err(error) => {
+                    exchange.linger();
+                    error.reply(exchange)
+                }
             };
             match translation {
                 None => response,
@@ -422,7 +434,7 @@ fn answered(
     headers::refuse_transfer_coding(response.headers(), survey, refusal)?;
     *response.version_mut() = Version::HTTP_11;
     exchange.answered(response.status());
-    exchange.heard(response.headers());
+    exchange.heard_head(response);
     Ok(ends)
 }
 

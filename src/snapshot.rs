@@ -18,7 +18,7 @@ use http::header::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 use tokio::sync::watch;
 
-use crate::backend::{Backend, ConnectionPolicy, EndpointId, Endpoints};
+use crate::backend::{Backend, ConnectionPolicy, EndpointId, Endpoints, HeaderEdits};
 use crate::config::{self, Config};
 use crate::filter::Filters;
 use crate::routing::gray::{Dice, Override, Rule, Step};
@@ -104,7 +104,9 @@ pub struct Route {
     pub vary: Option<HeaderValue>,
     /// Headers that say who the user is or what he wants.
     pub guarded_headers: Vec<HeaderName>,
-    /// Those of them that a sender who is not trusted may not even pass on.
+    /// Those, and what is written into requests: nothing of it may come behind a body.
+    pub guarded_trailers: Vec<HeaderName>,
+    /// Those of the headers that a sender who is not trusted may not even pass on.
     pub unbelieved_headers: Vec<HeaderName>,
     /// Who is shown how it was decided.
     pub debug_clients: Arc<[IpNet]>,
@@ -244,6 +246,7 @@ fn compile_route(
         name: Arc::clone(&route.name),
         vary: vary(route, &gray),
         guarded_headers: gray.guarded_headers(),
+        guarded_trailers: guarded_trailers(route, &gray, &targets),
         unbelieved_headers: gray.unbelieved_headers(),
         gray,
         targets,
@@ -258,6 +261,18 @@ fn compile_route(
         expose_version: route.expose_version,
         debug_clients: Arc::clone(&route.gray.debug_clients),
     }
+}
+
+fn guarded_trailers(
+    route: &config::Route,
+    gray: &Gray,
+    targets: &[RouteTarget],
+) -> Vec<HeaderName> {
+    let edits = targets.iter().map(|target| &target.backend.request_headers);
+    let edits = edits.chain([&route.filters.request_headers]);
+    let mut guarded = gray.guarded_headers();
+    guarded.extend(edits.flat_map(HeaderEdits::names).cloned());
+    guarded
 }
 
 fn compile_target(

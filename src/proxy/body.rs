@@ -1,6 +1,6 @@
 //! Bodies on their way through: nothing is held back, and both ends are noticed.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -11,9 +11,9 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
 use http::header::HeaderName;
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use tokio::time::{Duration, Instant};
+use tokio::time::{Duration, Instant, timeout};
 
 use crate::backend::Lease;
 use crate::snapshot::Route;
@@ -25,10 +25,17 @@ use super::headers;
 use super::timeouts::Timeout;
 use super::translate::{JsonLines, Translation};
 
+/// How long a client is listened to that has been told the last of us, and how much: what it sends
+/// is thrown away, or it would lose what it has not read yet.
+pub const LINGER: Duration = Duration::from_secs(2);
+/// See [`LINGER`]; in bytes.
+pub const LINGER_BYTES: usize = 1 << 20;
+
 /// The body of a request on its way to the upstream.
 #[derive(Debug)]
 pub struct RequestBody {
-    incoming: Incoming,
+    /// `None` once it is dropped.
+    incoming: Option<Incoming>,
     progress: Progress,
     /// `None` without a body.
     rules: Option<Box<BodyRules>>,
@@ -48,9 +55,11 @@ struct Json {
 pub struct BodyRules {
     /// The most bytes.
     pub limit: Option<u64>,
-    /// The longest gap while the upstream would take more, as long as there is no response: from then
-    /// on a stream may rest.
+    /// The longest gap while the upstream would take more, as long as there is no response; `None` for
+    /// a stream, which may rest from the beginning.
     pub gap: Option<Duration>,
+    /// How long it may rest from then on.
+    pub rest: Option<Duration>,
     /// Measures the gap.
     pub timeout: Timeout,
     /// Whose guarded headers may not come as trailers.
@@ -78,7 +87,15 @@ pub enum Progress {
     /// There is no body; since then it is the upstream's turn.
     NoBody(Instant),
     /// There is one.
-    Body(Rc<Cell<Stage>>),
+    Body(Rc<Sent>),
+}
+
+/// A body, as whoever waits for the response sees it.
+#[derive(Debug)]
+pub struct Sent {
+    stage: Cell<Stage>,
+    /// What is left of it when nobody sends it on any more.
+    left: RefCell<Option<Incoming>>,
 }
 
 /// Where a body is.
@@ -87,7 +104,7 @@ pub struct Stage {
     last: Instant,
     state: BodyState,
     bytes: u64,
-    /// The head of the response is here: the body may go on as it likes.
+    /// The head of the response is here: the body may rest.
     is_answered: bool,
 }
 
@@ -170,7 +187,7 @@ impl RequestBody {
         };
         (
             Self {
-                incoming,
+                incoming: Some(incoming),
                 progress: progress.clone(),
                 rules: has_body.then(|| Box::new(rules())),
                 json: None,
@@ -188,7 +205,7 @@ impl RequestBody {
     ) -> (Self, Progress) {
         let progress = Progress::of_body(now);
         let body = Self {
-            incoming,
+            incoming: Some(incoming),
             progress: progress.clone(),
             rules: Some(Box::new(rules())),
             json: Some(Box::new(Json {
@@ -234,7 +251,10 @@ impl RequestBody {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
-        match Pin::new(&mut self.incoming).poll_frame(cx) {
+        let Some(incoming) = &mut self.incoming else {
+            return Poll::Ready(None);
+        };
+        match Pin::new(incoming).poll_frame(cx) {
             Poll::Ready(came) => Poll::Ready(self.check(came)),
             Poll::Pending => {
                 self.progress.await_client();
@@ -272,7 +292,7 @@ impl RequestBody {
             if let Some(trailers) = frame.trailers_mut() {
                 headers::remove_unsafe_trailers(
                     trailers,
-                    &rules.route.guarded_headers,
+                    &rules.route.guarded_trailers,
                     &rules.subject_headers,
                 );
             }
@@ -285,7 +305,8 @@ impl RequestBody {
         let Some(rules) = &self.rules else {
             return Poll::Pending;
         };
-        let Some(gap) = rules.gap.filter(|_| !self.progress.stage().is_answered) else {
+        let gap = rules.gap.filter(|_| !self.progress.stage().is_answered);
+        let Some(gap) = gap.or(rules.rest) else {
             return Poll::Pending;
         };
         let ends = self.progress.last() + gap;
@@ -315,16 +336,41 @@ impl Body for RequestBody {
     fn is_end_stream(&self) -> bool {
         match &self.json {
             Some(json) => json.translation.is_none(),
-            None => self.incoming.is_end_stream(),
+            None => self.incoming.as_ref().is_none_or(Incoming::is_end_stream),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.json {
-            Some(_) => SizeHint::default(),
-            None => self.incoming.size_hint(),
+        match (&self.json, &self.incoming) {
+            (None, Some(incoming)) => incoming.size_hint(),
+            _ => SizeHint::default(),
         }
     }
+}
+
+impl Drop for RequestBody {
+    fn drop(&mut self) {
+        if let Progress::Body(sent) = &self.progress {
+            *sent.left.borrow_mut() = self.incoming.take();
+        }
+    }
+}
+
+/// Takes what a client of HTTP/2 still sends of its body after the answer. Dropped at once, the body
+/// would have its stream reset, over which some clients lose the answer (RFC 9113 section 8.1).
+pub(super) fn linger(mut body: Incoming) {
+    if body.is_end_stream() {
+        return;
+    }
+    let throw_away = async move {
+        let mut left = LINGER_BYTES;
+        while let Some(Ok(frame)) = body.frame().await
+            && left > 0
+        {
+            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+        }
+    };
+    drop(tokio::task::spawn_local(timeout(LINGER, throw_away)));
 }
 
 // === impl RequestBodyError ===
@@ -373,7 +419,18 @@ impl Stage {
 
 impl Progress {
     fn of_body(now: Instant) -> Self {
-        Self::Body(Rc::new(Cell::new(Stage::new(now))))
+        Self::Body(Rc::new(Sent {
+            stage: Cell::new(Stage::new(now)),
+            left: RefCell::default(),
+        }))
+    }
+
+    /// What is left of it, if nobody sends it on any more.
+    pub fn left(&self) -> Option<Incoming> {
+        match self {
+            Self::NoBody(_) => None,
+            Self::Body(sent) => sent.left.borrow_mut().take(),
+        }
     }
 
     /// When the body last moved; at first, when the exchange with the upstream began.
@@ -396,18 +453,22 @@ impl Progress {
 
     /// The head of the response is here.
     pub fn answered(&self) {
-        if let Self::Body(stage) = self {
-            stage.set(Stage {
-                is_answered: true,
-                ..stage.get()
-            });
-        }
+        self.update(|stage| Stage {
+            is_answered: true,
+            ..stage
+        });
     }
 
     fn stage(&self) -> Stage {
         match self {
             Self::NoBody(since) => Stage::new(*since),
-            Self::Body(stage) => stage.get(),
+            Self::Body(sent) => sent.stage.get(),
+        }
+    }
+
+    fn update(&self, change: impl FnOnce(Stage) -> Stage) {
+        if let Self::Body(sent) = self {
+            sent.stage.set(change(sent.stage.get()));
         }
     }
 
@@ -417,23 +478,19 @@ impl Progress {
     }
 
     fn moved(&self, state: BodyState, bytes: usize) {
-        if let Self::Body(stage) = self {
-            stage.set(Stage {
-                last: Instant::now(),
-                state,
-                bytes: stage.get().bytes + bytes as u64,
-                ..stage.get()
-            });
-        }
+        self.update(|stage| Stage {
+            last: Instant::now(),
+            state,
+            bytes: stage.bytes + bytes as u64,
+            ..stage
+        });
     }
 
     fn await_client(&self) {
-        if let Self::Body(stage) = self {
-            stage.set(Stage {
-                state: BodyState::AwaitingClient,
-                ..stage.get()
-            });
-        }
+        self.update(|stage| Stage {
+            state: BodyState::AwaitingClient,
+            ..stage
+        });
     }
 }
 
@@ -529,7 +586,7 @@ impl UpstreamBody {
                 },
             ));
         }
-        let frame = match ready!(polled) {
+        let mut frame = match ready!(polled) {
             Some(Ok(frame)) => frame,
             Some(Err(error)) => {
                 let broken = Some("http_response_incomplete");
@@ -550,6 +607,9 @@ impl UpstreamBody {
                 Some(trailers) => held.exchange.heard(trailers),
                 None => held.exchange.sent(frame.data_ref().map_or(0, Bytes::len)),
             }
+        }
+        if let Some(trailers) = frame.trailers_mut() {
+            headers::remove_framing_trailers(trailers);
         }
         if self.incoming.is_end_stream() || frame.is_trailers() {
             self.end();
@@ -585,6 +645,7 @@ impl UpstreamBody {
     fn end(&mut self) {
         if let Some(mut held) = self.held.take() {
             held.exchange.ended();
+            held.exchange.linger();
             held.loan.give_back();
         }
     }

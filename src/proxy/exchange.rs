@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::{HOST, HeaderMap, USER_AGENT};
-use http::{Request, StatusCode, Version};
+use http::{Request, Response, StatusCode, Version};
 use tokio::time::Instant;
 
 use crate::backend::Endpoint;
@@ -15,7 +15,7 @@ use crate::telemetry::access_log::{Line, LogValue, WorkerLog};
 use crate::telemetry::metrics::{MethodLabel, Protocol, TargetMetrics, WorkerMetrics};
 use crate::telemetry::trace_context::TraceContext;
 
-use super::body::Progress;
+use super::body::{self, Progress};
 use super::error::client_gone;
 use super::grpc;
 use super::origin::Origin;
@@ -144,8 +144,18 @@ impl Exchange {
         self.is_grpc() && (self.protocol == Protocol::Http2 || self.translation.is_some())
     }
 
-    /// These trailers, or the head of a response that may be nothing but trailers, say how a call of
-    /// gRPC has ended, if it is one.
+    /// The head of a response may be nothing but trailers. One that is no gRPC, and an error in
+    /// nothing else, shows that there was no call: only its client has called it one.
+    pub fn heard_head<B>(&mut self, response: &Response<B>) {
+        let is_other =
+            response.status() == StatusCode::OK && !grpc::has_content(response.headers());
+        if is_other && self.translation.is_none() {
+            self.grpc = Grpc::No;
+        }
+        self.heard(response.headers());
+    }
+
+    /// These trailers say how a call of gRPC has ended, if it is one.
     pub fn heard(&mut self, headers: &HeaderMap) {
         if self.is_grpc()
             && let Some(status) = grpc::Status::of(headers)
@@ -236,6 +246,15 @@ impl Exchange {
     /// So many bytes of the response's body are on their way to the client.
     pub fn sent(&mut self, bytes: usize) {
         self.bytes_out += bytes as u64;
+    }
+
+    /// Its answer is whole: what its client still sends is for nobody.
+    pub fn linger(&self) {
+        let body = self.request_body.as_ref().and_then(Progress::left);
+        // In HTTP/1 that is up to the whole connection.
+        if let Some(body) = body.filter(|_| self.protocol == Protocol::Http2) {
+            body::linger(body);
+        }
     }
 
     /// The response has come to its end.

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use h2::Reason;
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
-use http::{Response, StatusCode};
+use http::request::Parts;
+use http::{Response, StatusCode, Version};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 
 /// How a call has ended (google.rpc.Code).
@@ -142,8 +143,14 @@ impl Status {
     }
 }
 
-/// True for a call of gRPC; gRPC-Web is another protocol.
-pub fn is_call(headers: &HeaderMap) -> bool {
+/// True for a call of gRPC, which HTTP/1.1 knows none of: what calls itself one there is a request
+/// like any other, with the limits of those.
+pub fn is_call(parts: &Parts) -> bool {
+    parts.version == Version::HTTP_2 && has_content(&parts.headers)
+}
+
+/// True for a head whose content is gRPC; gRPC-Web is another protocol.
+pub fn has_content(headers: &HeaderMap) -> bool {
     let rest = headers
         .get(CONTENT_TYPE)
         .and_then(|kind| kind.as_bytes().strip_prefix(b"application/grpc"));
@@ -178,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_told_from_other_requests() {
+    fn its_content_is_told_from_others() {
         for (kind, expected) in [
             ("application/grpc", true),
             ("application/grpc+proto", true),
@@ -187,7 +194,8 @@ mod tests {
             ("application/grpcx", false),
             ("application/json", false),
         ] {
-            assert_eq!(is_call(&headers(CONTENT_TYPE, kind)), expected, "{kind}");
+            let headers = headers(CONTENT_TYPE, kind);
+            assert_eq!(has_content(&headers), expected, "{kind}");
         }
     }
 

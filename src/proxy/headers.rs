@@ -1,12 +1,13 @@
 //! What a gateway does to header sections: hop-by-hop fields go, forwarding fields come, the
 //! configured edits happen.
 
-use http::Uri;
 use http::header::{
-    CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName,
-    HeaderValue, SET_COOKIE, TE, TRANSFER_ENCODING, UPGRADE, VARY,
+    AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap,
+    HeaderName, HeaderValue, SET_COOKIE, TE, TRANSFER_ENCODING, UPGRADE, VARY, VIA,
 };
 use http::request::Parts;
+use http::{Response, StatusCode, Uri};
+use hyper::body::Incoming;
 
 use crate::backend::Endpoint;
 use crate::config;
@@ -19,6 +20,7 @@ use super::Verdict;
 use super::error::ProxyError;
 use super::origin::{Origin, X_FORWARDED_FOR, with_path};
 
+const X_FORWARDED: &str = "x-forwarded-";
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_SERVICE_VERSION: HeaderName = HeaderName::from_static("x-service-version");
@@ -37,12 +39,12 @@ const HOP_BY_HOP: [HeaderName; 7] = [
     UPGRADE,
 ];
 
-/// Fields that only a trusted proxy may have written.
-const FORWARDING: [HeaderName; 6] = [
+/// Fields that only a trusted proxy may have written, beside everything else that begins with
+/// `X-Forwarded-`.
+const FORWARDING: [HeaderName; 5] = [
     X_FORWARDED_FOR,
     X_FORWARDED_HOST,
     X_FORWARDED_PROTO,
-    HeaderName::from_static("x-forwarded-port"),
     HeaderName::from_static("x-real-ip"),
     HeaderName::from_static("forwarded"),
 ];
@@ -113,11 +115,11 @@ impl Survey {
             "via" => Self::VIA,
             "cookie" => Self::COOKIE,
             "content-type" => Self::CONTENT_TYPE,
-            "forwarded" | "x-forwarded-for" | "x-forwarded-host" | "x-forwarded-port"
-            | "x-forwarded-proto" | "x-real-ip" => Self::FORWARDING,
+            "forwarded" | "x-real-ip" => Self::FORWARDING,
             "expect" => Self::EXPECT,
             "x-service-version" | "x-serin-decision" => Self::OURS,
             name if name.contains('_') => Self::AMBIGUOUS,
+            name if name.starts_with(X_FORWARDED) => Self::FORWARDING,
             _ => 0,
         }
     }
@@ -244,6 +246,10 @@ pub fn prepare_request(
     }
     if survey.has(Survey::OURS) {
         headers.remove(X_SERVICE_VERSION);
+        headers.remove(X_SERIN_DECISION);
+    }
+    if survey.has_repeated() {
+        unite_lengths(headers);
     }
     if !origin.trusted {
         for name in &route.unbelieved_headers {
@@ -272,6 +278,14 @@ pub fn prepare_request(
     }
 }
 
+/// Leaves one of several equal lengths, which are all that hyper lets through (RFC 9110 section 8.6):
+/// in HTTP/2 they make a message malformed.
+fn unite_lengths(headers: &mut HeaderMap) {
+    if let Some(length) = headers.get(CONTENT_LENGTH).cloned() {
+        headers.insert(CONTENT_LENGTH, length);
+    }
+}
+
 /// Changes the request as the filters of its route say; the match has taken the first `matched`
 /// bytes of its path.
 pub fn rewrite(parts: &mut Parts, route: &Route, matched: usize) {
@@ -290,16 +304,20 @@ pub fn rewrite(parts: &mut Parts, route: &Route, matched: usize) {
 
 /// Makes a response ready for the client.
 pub(super) fn prepare_response(
-    headers: &mut HeaderMap,
+    response: &mut Response<Incoming>,
     survey: Survey,
     route: &Route,
     target: &RouteTarget,
     verdict: &Verdict,
 ) {
     // hyper's client leaves a Content-Length beside Transfer-Encoding, which RFC 9112 section 6.3
-    // says to ignore.
-    if survey.has(Survey::TRANSFER_ENCODING) {
+    // says to ignore, and one where there is no body (RFC 9110 section 8.6).
+    let has_none = response.status() == StatusCode::NO_CONTENT;
+    let headers = response.headers_mut();
+    if survey.has(Survey::TRANSFER_ENCODING) || has_none {
         headers.remove(CONTENT_LENGTH);
+    } else if survey.has_repeated() {
+        unite_lengths(headers);
     }
     remove_hop_by_hop(headers, survey, &[]);
     if survey.has(Survey::OURS) {
@@ -398,8 +416,13 @@ fn may_not_be_nominated(name: &HeaderName) -> bool {
     *name == HOST
         || *name == COOKIE
         || *name == CONTENT_LENGTH
-        || *name == http::header::AUTHORIZATION
-        || FORWARDING.contains(name)
+        || *name == AUTHORIZATION
+        || *name == VIA
+        || is_forwarding(name)
+}
+
+fn is_forwarding(name: &HeaderName) -> bool {
+    name.as_str().starts_with(X_FORWARDED) || FORWARDING.contains(name)
 }
 
 /// What may not come in the head from anybody may not come behind the body either.
@@ -415,25 +438,30 @@ pub(super) fn remove_unsafe_trailers(
             || subject_headers.contains(name)
             || HOP_BY_HOP.contains(name)
     };
-    let unsafe_names: Vec<HeaderName> = trailers
-        .keys()
-        .filter(|name| is_unsafe(name))
-        .cloned()
-        .collect();
-    for name in unsafe_names {
-        trailers.remove(name);
-    }
+    remove_all(trailers, is_unsafe);
+}
+
+/// Removes what says something of a connection or a length, which nothing behind a body may; in
+/// HTTP/2 it would make the response malformed.
+pub(super) fn remove_framing_trailers(trailers: &mut HeaderMap) {
+    remove_all(trailers, |name| {
+        HOP_BY_HOP.contains(name) || *name == CONTENT_LENGTH
+    });
 }
 
 /// Removes names with underscores: some servers read `x_user_id` as `x-user-id`, and would see
 /// another user than we do.
 fn remove_ambiguous(headers: &mut HeaderMap) {
-    let ambiguous: Vec<HeaderName> = headers
+    remove_all(headers, |name| name.as_str().contains('_'));
+}
+
+fn remove_all(headers: &mut HeaderMap, is_meant: impl Fn(&HeaderName) -> bool) {
+    let meant: Vec<HeaderName> = headers
         .keys()
-        .filter(|name| name.as_str().contains('_'))
+        .filter(|name| is_meant(name))
         .cloned()
         .collect();
-    for name in ambiguous {
+    for name in meant {
         headers.remove(name);
     }
 }
@@ -457,9 +485,7 @@ fn forward(
         return;
     }
     if survey.has(Survey::FORWARDING) {
-        for name in &FORWARDING {
-            headers.remove(name);
-        }
+        remove_all(headers, is_forwarding);
     }
     headers.insert(X_FORWARDED_FOR, origin.peer.forwarded.clone());
     headers.insert(X_FORWARDED_PROTO, proto);
@@ -498,7 +524,7 @@ fn origin_form(uri: &Uri) -> Uri {
 
 #[cfg(test)]
 mod tests {
-    use http::header::{CONTENT_TYPE, VIA};
+    use http::header::CONTENT_TYPE;
 
     use super::*;
 

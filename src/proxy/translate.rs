@@ -151,7 +151,7 @@ impl Translation {
         let (mut parts, body) = response.into_parts();
         let end = grpc::Status::of(&parts.headers).map(|_| parts.headers.clone());
         // What the service says in HTTP is no answer to a call.
-        let is_call = parts.status == StatusCode::OK && grpc::is_call(&parts.headers);
+        let is_call = parts.status == StatusCode::OK && grpc::has_content(&parts.headers);
         let mut messages = Messages {
             body,
             read: BytesMut::new(),

@@ -10,14 +10,9 @@ use hyper::rt::{Read, ReadBuf, ReadBufCursor, Write};
 use tokio::time::{Duration, Instant};
 
 use crate::config::ListenerTimeouts;
+use crate::proxy::body::{LINGER, LINGER_BYTES};
 use crate::proxy::timeouts::Timeout;
 use crate::stream::Stream;
-
-/// How long a client is listened to that has been told the last of us, and how much: as long as it
-/// sends, closing would reset the connection and lose what it has not read yet (RFC 9112 section
-/// 9.6).
-const LINGER: Duration = Duration::from_secs(2);
-const LINGER_BYTES: usize = 1 << 20;
 
 /// What a client does with its connection, and how long it may go on so.
 ///
@@ -127,8 +122,13 @@ impl Conduct {
 
     /// Gives the client its turn anew: it has sent nothing, but for a good reason.
     pub(super) fn rest(&self) {
+        self.rest_for(self.limits.idle);
+    }
+
+    /// Gives the client so long from now.
+    pub(super) fn rest_for(&self, limit: Duration) {
         let mut state = self.lock();
-        state.turn_ends = Instant::now() + self.limits.idle;
+        state.turn_ends = Instant::now() + limit;
         let ends = state.turn_ends;
         self.arm(&mut state, ends);
     }
@@ -164,7 +164,8 @@ impl Conduct {
         }
     }
 
-    /// True while a client that was told the last may be listened to.
+    /// True while a client that was told the last may be listened to: as long as it sends, closing
+    /// would reset the connection (RFC 9112 section 9.6).
     fn lingers(&self) -> bool {
         let mut state = self.lock();
         if state.had_body && state.linger_ends.is_none() {

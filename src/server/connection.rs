@@ -47,6 +47,17 @@ const FIRST_READ: usize = 1024;
 /// is the last one: a request that is on its way when an idle connection is closed is lost.
 const LAST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 
+/// How long a client has to take leave of a connection that rests.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// How watching a connection ends.
+enum Parting {
+    /// It has ended, or its client has gone too far.
+    Over(hyper::Result<()>),
+    /// It should end as soon as nothing is under way: its client rests, or the process drains.
+    Due,
+}
+
 /// hyper's own limit, for which it needs no memory besides the stack.
 const HEADER_FIELDS_OF_HYPER: usize = 100;
 
@@ -231,11 +242,12 @@ async fn serve_http1(
     let connection = builder.serve_connection(stream, service);
     let mut connection = pin!(connection.with_upgrades());
     match until_drained(connection.as_mut(), phase, &draining, &conduct).await {
-        Some(ended) => ended,
-        None => {
+        Parting::Over(ended) => ended,
+        Parting::Due => {
             // Closes an idle connection now, and another one after its response.
             connection.as_mut().graceful_shutdown();
-            until_outlasted(connection, &conduct, || false).await
+            conduct.rest_for(FAREWELL);
+            until_outlasted(connection, &conduct, || false).await.end()
         }
     }
 }
@@ -266,21 +278,24 @@ async fn serve_http2(
     // Held by the peer and here; by more as long as there is a tunnel, which is a use without requests.
     let has_tunnels = || Rc::strong_count(&guards) > 2;
     let mut connection = pin!(builder.serve_connection(watched, service));
-    let ended = {
+    let parting = {
         let mut watched = pin!(until_outlasted(connection.as_mut(), &conduct, has_tunnels));
         tokio::select! {
             biased;
             // The sender's end is a drop, which says the same as `Draining`.
-            _ = phase.wait_for(|phase| *phase == Phase::Draining) => None,
-            ended = watched.as_mut() => Some(ended),
+            _ = phase.wait_for(|phase| *phase == Phase::Draining) => Parting::Due,
+            parting = watched.as_mut() => parting,
         }
     };
-    match ended {
-        Some(ended) => ended,
-        None => {
+    match parting {
+        Parting::Over(ended) => ended,
+        Parting::Due => {
             // Says which streams are the last ones (GOAWAY), and serves those to their end.
             connection.as_mut().graceful_shutdown();
-            until_outlasted(connection, &conduct, has_tunnels).await
+            conduct.rest_for(FAREWELL);
+            until_outlasted(connection, &conduct, has_tunnels)
+                .await
+                .end()
         }
     }
 }
@@ -303,14 +318,14 @@ fn http2_builder(
     builder
 }
 
-/// Serves a connection until it ends, or has to: then `draining` is set at once, and when it still
-/// stands a grace later, this gives `None`.
+/// Serves a connection until it ends, or has to: when the process drains, `draining` is set at once,
+/// and the connection has to end a grace later.
 async fn until_drained<C: Future<Output = hyper::Result<()>>>(
     mut connection: Pin<&mut C>,
     mut phase: watch::Receiver<Phase>,
     draining: &Cell<bool>,
     conduct: &Conduct,
-) -> Option<C::Output> {
+) -> Parting {
     let told = phase.clone();
     let drain = async {
         // The sender's end is a drop, which says the same as `Draining`.
@@ -327,12 +342,22 @@ async fn until_drained<C: Future<Output = hyper::Result<()>>>(
         if !is_watched || draining.get() || told.has_changed().unwrap_or(true) {
             is_watched = true;
             if drain.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(None);
+                return Poll::Ready(Parting::Due);
             }
         }
-        poll_watched(connection.as_mut(), conduct, &|| false, cx).map(Some)
+        poll_watched(connection.as_mut(), conduct, &|| false, cx)
     })
     .await
+}
+
+impl Parting {
+    /// What has become of a connection that was to end.
+    fn end(self) -> hyper::Result<()> {
+        match self {
+            Self::Over(ended) => ended,
+            Self::Due => Ok(()),
+        }
+    }
 }
 
 /// Serves a connection until it ends, or its client has taken too long for something; `is_used` says
@@ -341,7 +366,7 @@ async fn until_outlasted<C: Future<Output = hyper::Result<()>>>(
     mut connection: Pin<&mut C>,
     conduct: &Conduct,
     is_used: impl Fn() -> bool,
-) -> hyper::Result<()> {
+) -> Parting {
     poll_fn(|cx| poll_watched(connection.as_mut(), conduct, &is_used, cx)).await
 }
 
@@ -350,17 +375,18 @@ fn poll_watched<C: Future<Output = hyper::Result<()>>>(
     conduct: &Conduct,
     is_used: &impl Fn() -> bool,
     cx: &mut std::task::Context<'_>,
-) -> Poll<hyper::Result<()>> {
+) -> Poll<Parting> {
     if let Poll::Ready(ended) = connection.poll(cx) {
-        return Poll::Ready(ended);
+        return Poll::Ready(Parting::Over(ended));
     }
     loop {
-        let what = ready!(conduct.poll_outlasted(cx));
-        if what == Outlasted::Idle && is_used() {
-            conduct.rest();
-            continue;
+        match ready!(conduct.poll_outlasted(cx)) {
+            Outlasted::Idle if is_used() => conduct.rest(),
+            Outlasted::Idle => return Poll::Ready(Parting::Due),
+            what => {
+                debug!(?what, "a client took too long");
+                return Poll::Ready(Parting::Over(Ok(())));
+            }
         }
-        debug!(?what, "a client took too long");
-        return Poll::Ready(Ok(()));
     }
 }

@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status};
 
 use crate::support::grpc::{Caller, Service, note};
-use crate::support::{Client, Proxy, Reply, eventually};
+use crate::support::{Client, Proxy, Reply, Upstream, eventually};
 
 fn h2c(upstream: SocketAddr, route: &str) -> String {
     format!(
@@ -386,4 +386,20 @@ async fn the_reset_of_a_stream_means_what_it_means_without_the_proxy() {
         })
         .await;
     }
+}
+
+#[tokio::test]
+async fn what_is_no_call_but_by_its_clients_word_is_no_failure() {
+    let upstream = Upstream::h2c("one").await;
+    let proxy = Proxy::start(&h2c(upstream.address, ""));
+    let mut client = Client::h2c(proxy.address()).await;
+    let posing = [("content-type", "application/grpc")];
+    let reply = client.send(Method::POST, "/", &posing, "").await.unwrap();
+    assert_eq!((reply.status, reply.text()), (StatusCode::OK, "one"));
+    let served = [("version", "1"), ("code", "200")];
+    eventually("it is counted", || {
+        proxy.metric("serin_requests_total", &served) == 1.0
+    })
+    .await;
+    assert_eq!(failures(&proxy), 0.0);
 }

@@ -250,3 +250,59 @@ async fn a_content_length_beside_chunks_is_not_believed() {
         ("hello", None)
     );
 }
+
+#[tokio::test]
+async fn what_a_gateway_says_of_itself_comes_from_no_stranger_and_is_nominated_away_by_none() {
+    let upstream = Upstream::start("one").await;
+    let proxy = Proxy::start(&single(upstream.address, ""));
+    let forged = [
+        ("x-forwarded-prefix", "/admin"),
+        ("x-forwarded-ssl", "on"),
+        ("x-serin-decision", "route=other"),
+        ("via", "1.1 earlier"),
+        ("connection", "via"),
+    ];
+    let lines = seen(&proxy, &forged).await;
+    let seen = names(&lines);
+    for (name, _) in &forged[..3] {
+        assert!(!seen.contains(name), "{lines:#?}");
+    }
+    assert!(has(&lines, "via: 1.1 earlier"), "{lines:#?}");
+    assert_eq!(seen.iter().filter(|name| **name == "via").count(), 2);
+}
+
+#[tokio::test]
+async fn equal_lengths_become_one() {
+    let upstream = Upstream::start("one").await;
+    let proxy = Proxy::start(&single(upstream.address, ""));
+    let mut raw = Raw::connect(proxy.address()).await;
+    raw.send("POST /head HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 2\r\ncontent-length: 2\r\n\r\nab")
+        .await;
+    let reply = raw.read_to_end().await;
+    assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+    let (_, lines) = reply.split_once("\r\n\r\n").unwrap();
+    assert_eq!(lines.matches("content-length: 2").count(), 1, "{lines}");
+}
+
+#[tokio::test]
+async fn what_is_written_into_requests_may_not_come_behind_their_bodies() {
+    let upstream = Upstream::start("one").await;
+    let proxy = Proxy::start(&format!(
+        "backends: [ {{ name: only, endpoints: ['{}'], requestHeaders: {{ set: {{ env: gray }} }} }} ]
+routes: [ {{ name: all, backendRefs: [ {{ name: only }} ] }} ]
+",
+        upstream.address
+    ));
+    let mut raw = Raw::connect(proxy.address()).await;
+    raw.send(
+        "POST /seen-trailers HTTP/1.1\r\nhost: a\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\
+         trailer: env, via, x-forwarded-prefix, x-sum\r\n\r\n\
+         2\r\nok\r\n0\r\nenv: prod\r\nvia: 1.1 me\r\nx-forwarded-prefix: /a\r\nx-sum: 7\r\n\r\n",
+    )
+    .await;
+    let reply = raw.read_to_end().await;
+    assert!(reply.contains("\"x-sum\": \"7\""), "{reply}");
+    for name in ["env", "via", "x-forwarded-prefix"] {
+        assert!(!reply.contains(&format!("\"{name}\"")), "{reply}");
+    }
+}

@@ -5,7 +5,12 @@ use std::time::Duration;
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Empty};
 use serin::app::Drained;
+use tokio::net::TcpListener;
 
+use crate::support::frames::{
+    DATA, END_HEADERS, END_STREAM, End, Frames, HEADERS, PING, RST_STREAM, get,
+};
+use crate::support::upstream::scripted;
 use crate::support::{Client, Proxy, Upstream, eventually, single};
 
 #[tokio::test]
@@ -222,4 +227,77 @@ async fn a_body_beyond_the_limit_gets_413_in_either_protocol() {
     }
     let response = response.await.unwrap();
     assert_eq!(response.status(), StatusCode::PAYLOAD_TOO_LARGE);
+}
+
+#[tokio::test]
+async fn what_http_1_endpoints_may_say_and_http_2_may_not_is_put_right() {
+    for answer in [
+        "HTTP/1.1 204 No Content\r\ncontent-length: 2\r\n\r\n",
+        "HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 2\r\n\r\nok",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntrailer: connection, x-sum\r\n\r\n\
+         2\r\nok\r\n0\r\nconnection: close\r\nx-sum: 7\r\n\r\n",
+    ] {
+        let proxy = Proxy::start(&single(scripted(answer.as_bytes()).await, ""));
+        let mut client = Client::h2c(proxy.address()).await;
+        let reply = client.send(Method::GET, "/", &[], "").await;
+        let reply = reply.unwrap_or_else(|error| panic!("{answer}: {error}"));
+        let has_body = reply.status == StatusCode::OK;
+        assert_eq!(reply.text(), if has_body { "ok" } else { "" }, "{answer}");
+        let lengths = reply.headers.get_all("content-length").iter().count();
+        assert!(lengths <= usize::from(has_body), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn a_browser_may_send_more_cookies_than_a_head_may_have_fields() {
+    let upstream = Upstream::start("one").await;
+    let proxy = Proxy::start(&single(upstream.address, ""));
+    let mut client = Client::h2c(proxy.address()).await;
+    let crumbs = [("cookie", "a=b"); 150];
+    assert_eq!(client.get("/", &crumbs).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_client_that_is_answered_early_may_finish_what_it_sends() {
+    let upstream = Upstream::start("one").await;
+    let refusing = scripted(b"HTTP/1.1 413 Too Large\r\ncontent-length: 0\r\n\r\n").await;
+    let absent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let nobody = absent.local_addr().unwrap();
+    drop(absent);
+    let limit = "    limits: { requestBody: 100 }\n";
+    for (config, cause) in [
+        (single(upstream.address, limit), "a limit"),
+        (single(refusing, ""), "the endpoint"),
+        (single(nobody, ""), "no endpoint"),
+    ] {
+        let proxy = Proxy::start(&config);
+        let mut frames = Frames::connect(proxy.address()).await;
+        frames.send(HEADERS, END_HEADERS, 1, &get("/sink")).await;
+        frames.send(DATA, 0, 1, &[0; 200]).await;
+        assert_eq!(frames.end_of(1).await, End::Answered, "{cause}");
+        frames.send(DATA, END_STREAM, 1, &[0; 200]).await;
+        frames.send(PING, 0, 0, &[7; 8]).await;
+        loop {
+            let frame = frames.next().await.expect("the connection goes on");
+            assert_ne!(frame.kind, RST_STREAM, "{cause}");
+            if frame.kind == PING && frame.payload == [7; 8] {
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_rests_too_long_is_taken_leave_of() {
+    let upstream = Upstream::start("one").await;
+    let proxy = Proxy::start(&format!(
+        "listeners: [ {{ name: web, address: '127.0.0.1:0', timeouts: {{ idle: 200ms }} }} ]\n{}",
+        single(upstream.address, "")
+    ));
+    let mut frames = Frames::connect(proxy.address()).await;
+    frames
+        .send(HEADERS, END_HEADERS | END_STREAM, 1, &get("/"))
+        .await;
+    assert_eq!(frames.end_of(1).await, End::Answered);
+    assert_eq!(frames.end_of(3).await, End::Connection(Some(0)));
 }

@@ -342,3 +342,24 @@ async fn plain_http_on_a_tls_listener_and_silence_end_the_connection() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_connection_that_rests_too_long_ends_with_a_word() {
+    let upstream = Upstream::start("one").await;
+    let authority = Authority::new("tests");
+    let config = format!(
+        "listenerDefaults: {{ timeouts: {{ idle: 200ms }} }}\n{}",
+        with_tls(ONE, &single(upstream.address, ""))
+    );
+    let proxy = Proxy::start_with(&config, |directory: &Path| {
+        authority.issue(&["a"]).write(directory, "one");
+    });
+    let client = authority.client(&["http/1.1"]);
+    let mut stream = client.handshake(proxy.address(), "a").await.unwrap();
+    let request = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+    stream.write_all(request).await.unwrap();
+    // Without close_notify this is an error.
+    let mut read = Vec::new();
+    stream.read_to_end(&mut read).await.unwrap();
+    assert!(read.starts_with(b"HTTP/1.1 200"));
+}
