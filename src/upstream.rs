@@ -7,6 +7,7 @@
 //! the dialled address, holds one HTTP/2 connection per host, and costs more.
 
 mod connect;
+mod early;
 mod shape;
 mod shared;
 

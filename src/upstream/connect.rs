@@ -26,6 +26,7 @@ use crate::telemetry::metrics::Up;
 use crate::tls::ALPN_HTTP2;
 use crate::tls::client::ClientTls;
 
+use super::early::AnsweredEarly;
 use super::shared::{Peer, Shared};
 use super::{Dedicated, SendError, To};
 
@@ -124,7 +125,7 @@ where
     B::Data: Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let (sender, driver) = http1::handshake::<_, B>(stream)
+    let (sender, driver) = http1::handshake::<_, B>(AnsweredEarly::new(stream))
         .await
         .map_err(SendError::Exchange)?;
     let task = tokio::task::spawn_local(async move {

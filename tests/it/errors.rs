@@ -3,9 +3,10 @@
 use std::net::SocketAddr;
 
 use http::{Method, StatusCode};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 
-use crate::support::upstream::scripted;
+use crate::support::upstream::{read_head, scripted};
 use crate::support::{Client, Proxy, Raw, Reply, Upstream, eventually, get, single};
 
 fn assert_reply(reply: &Reply, status: u16, token: &str) {
@@ -344,4 +345,52 @@ async fn a_client_that_sends_no_request_is_let_go() {
         "{reply}"
     );
     assert_eq!(get(proxy.address(), "/", &[]).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn an_endpoint_that_refuses_an_upload_and_closes_is_heard() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            read_head(&mut stream).await;
+            let refusal =
+                b"HTTP/1.1 413 Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+            // What it has not read makes of its end a reset.
+            let _ = stream.write_all(refusal).await;
+        }
+    });
+    let proxy = Proxy::start(&single(address, ""));
+    for _ in 0..20 {
+        let mut client = Client::h2c(proxy.address()).await;
+        let reply = client
+            .send(Method::POST, "/", &[], vec![0; 4_000_000])
+            .await;
+        assert_eq!(reply.unwrap().status, StatusCode::PAYLOAD_TOO_LARGE);
+    }
+    assert_eq!(proxy.metric("serin_request_failures_total", &[]), 0.0);
+}
+
+#[tokio::test]
+async fn nobody_stalls_for_ever_be_it_behind_an_early_head_or_as_what_is_no_call() {
+    let upstream = Upstream::start("one").await;
+    let rest = "    timeouts: { tunnelIdle: 300ms }\n";
+    let proxy = Proxy::start(&format!(
+        "listenerDefaults: {{ timeouts: {{ requestBody: 300ms }} }}\n{}",
+        single(upstream.address, rest)
+    ));
+    let mut early = Raw::connect(proxy.address()).await;
+    early
+        .send("POST /echo HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\nhalf")
+        .await;
+    let reply = early.read_to_end().await;
+    assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+    let mut posing = Raw::connect(proxy.address()).await;
+    posing
+        .send("POST /sink HTTP/1.1\r\nhost: a\r\ncontent-type: application/grpc\r\ncontent-length: 10\r\n\r\nhalf")
+        .await;
+    let reply = posing.read_to_end().await;
+    assert!(reply.starts_with("HTTP/1.1 408"), "{reply}");
+    let waits = || proxy.metric("serin_requests_in_flight", &[("route", "all")]);
+    eventually("nothing is left", || waits() == 0.0).await;
 }
