@@ -66,16 +66,16 @@ impl Survey {
     const HOP_BY_HOP: u16 = 1 << 1;
     const TRANSFER_ENCODING: u16 = 1 << 2;
     const FORWARDING: u16 = 1 << 3;
-    const EXPECT: u16 = 1 << 5;
-    const OURS: u16 = 1 << 6;
-    const AMBIGUOUS: u16 = 1 << 7;
+    const EXPECT: u16 = 1 << 4;
+    const OURS: u16 = 1 << 5;
+    const AMBIGUOUS: u16 = 1 << 6;
+    const COOKIE: u16 = 1 << 7;
     /// A `TE` field.
     pub const TE: u16 = 1 << 8;
     /// A `Via` field.
     pub const VIA: u16 = 1 << 9;
-    const COOKIE: u16 = 1 << 10;
     /// An `Upgrade` field.
-    pub const UPGRADE: u16 = 1 << 12;
+    pub const UPGRADE: u16 = 1 << 10;
     /// A `Content-Type` field.
     pub const CONTENT_TYPE: u16 = 1 << 11;
 
