@@ -218,7 +218,7 @@ pub fn canonical_target(parts: &mut Parts) -> Result<bool, ProxyError> {
     let Canonical {
         path,
         has_escaped_slash,
-    } = canonical(parts.uri.path()).map_err(ProxyError::BadRequest)?;
+    } = canonical(parts.uri.path()).map_err(|unfit| ProxyError::BadRequest(unfit.words()))?;
     if let Cow::Owned(path) = path {
         let rewritten = with_path(&parts.uri, &path);
         parts.uri = rewritten.ok_or(ProxyError::BadRequest("malformed request target"))?;
