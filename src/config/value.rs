@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use regex::Regex;
 
 use crate::routing::matcher::{PathMatcher, ValueMatcher};
+use crate::routing::path::{Unfit, canonical};
 use crate::routing::table::Hostname;
 
 use super::file::{NamedMatch, PathMatch, PathMatchType, ValueMatchType};
@@ -251,6 +252,17 @@ pub struct Misfit {
     pub key: &'static str,
     /// What is wrong, a whole sentence.
     pub reason: String,
+    /// What to do about it, where that is not plain.
+    pub hint: Option<&'static str>,
+}
+
+/// Why a text is no path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PathMisfit {
+    /// What is wrong.
+    pub reason: String,
+    /// What to do about it, where that is not plain.
+    pub hint: Option<&'static str>,
 }
 
 /// Parses a condition on a header, cookie or query parameter.
@@ -283,6 +295,7 @@ pub fn value_matcher(condition: &NamedMatch) -> Result<ValueMatcher, Misfit> {
         (ValueMatchType::Present, ..) => Err(Misfit {
             key: "type",
             reason: "a match of type `Present` has neither `value` nor `values`".to_owned(),
+            hint: None,
         }),
         (kind, ..) => Err(needs_value(&kind, condition.kind.is_some())),
     }
@@ -292,19 +305,14 @@ pub fn value_matcher(condition: &NamedMatch) -> Result<ValueMatcher, Misfit> {
 ///
 /// # Errors
 ///
-/// As [`value_matcher`]; and a path that does not begin with `/`.
+/// As [`value_matcher`]; and what [`path`] says.
 pub fn path_matcher(condition: &PathMatch) -> Result<PathMatcher, Misfit> {
     let kind = match (condition.kind, condition.values.is_empty()) {
         (Some(kind), _) => kind,
         (None, true) => PathMatchType::PathPrefix,
         (None, false) => PathMatchType::Set,
     };
-    let path_value = |text: &str| {
-        path(text).map_err(|reason| Misfit {
-            key: "value",
-            reason,
-        })
-    };
+    let path_value = |text: &str| matched_path(text, "value");
     match (kind, &condition.value, condition.values.as_slice()) {
         (PathMatchType::Exact, Some(value), []) => path_value(value).map(PathMatcher::Exact),
         (PathMatchType::PathPrefix, Some(value), []) => {
@@ -315,12 +323,7 @@ pub fn path_matcher(condition: &PathMatch) -> Result<PathMatcher, Misfit> {
         }
         (PathMatchType::Set, None, values @ [_, ..]) => values
             .iter()
-            .map(|value| {
-                path(value).map_err(|reason| Misfit {
-                    key: "values",
-                    reason,
-                })
-            })
+            .map(|value| matched_path(value, "values"))
             .collect::<Result<_, _>>()
             .map(PathMatcher::Set),
         (PathMatchType::Set, ..) => Err(needs_values(condition.kind.is_some())),
@@ -332,6 +335,7 @@ fn regex_value(text: &str) -> Result<Regex, Misfit> {
     regex(text).map_err(|reason| Misfit {
         key: "value",
         reason: format!("`{text}` {reason}"),
+        hint: None,
     })
 }
 
@@ -340,6 +344,7 @@ fn needs_value(kind: &impl std::fmt::Debug, named: bool) -> Misfit {
     Misfit {
         key,
         reason: format!("a match of type `{kind:?}` needs `value`, and no `values`"),
+        hint: None,
     }
 }
 
@@ -348,19 +353,64 @@ fn needs_values(named: bool) -> Misfit {
     Misfit {
         key,
         reason: "a match of type `Set` needs `values`, and no `value`".to_owned(),
+        hint: None,
     }
 }
 
-fn path(text: &str) -> Result<String, String> {
+fn matched_path(text: &str, key: &'static str) -> Result<String, Misfit> {
+    path(text).map_err(|PathMisfit { reason, hint }| Misfit {
+        key,
+        reason: format!("path `{text}` {reason}"),
+        hint,
+    })
+}
+
+/// Parses a path into the form that requests are matched and sent on in, so that it does not matter
+/// how it is escaped.
+///
+/// # Errors
+///
+/// A path that does not begin with `/`, has more than a path has, or with which no request is taken
+/// or sent on.
+pub fn path(text: &str) -> Result<String, PathMisfit> {
+    let misfit = |reason: &str, hint| PathMisfit {
+        reason: reason.to_owned(),
+        hint,
+    };
     if !text.starts_with('/') {
-        return Err(format!("path `{text}` does not begin with `/`"));
+        return Err(misfit("does not begin with `/`", None));
     }
     if text.contains(['?', '#']) || text.contains(char::is_whitespace) {
-        return Err(format!(
-            "path `{text}` has a query, a fragment or white space, which no request path has"
-        ));
+        let reason = "has a query, a fragment or white space, which no request path has";
+        return Err(misfit(reason, None));
     }
-    Ok(text.to_owned())
+    match canonical(text) {
+        Ok(canonical) => Ok(canonical.path.into_owned()),
+        Err(unfit) => {
+            let (part, hint) = unfit_part(unfit);
+            let reason = format!("has {part}, with which no request is taken or sent on");
+            Err(misfit(&reason, Some(hint)))
+        }
+    }
+}
+
+/// The part of a path that cannot stay, and what may be written instead.
+const fn unfit_part(unfit: Unfit) -> (&'static str, &'static str) {
+    match unfit {
+        Unfit::Dots => (
+            "a segment of dots",
+            "servers disagree about `.` and `..`: write the path without them",
+        ),
+        Unfit::Backslash => (
+            "a backslash",
+            "servers disagree about it: write `/`, if that is meant",
+        ),
+        Unfit::Nul => ("a NUL", "servers disagree about it: leave it out"),
+        Unfit::Escape => (
+            "a `%` that begins no escape",
+            "a percent sign itself is written `%25`",
+        ),
+    }
 }
 
 #[cfg(test)]
@@ -420,6 +470,27 @@ mod tests {
     fn underscore_headers_are_refused_because_they_are_dropped() {
         assert!(header_name("x_user_id").unwrap_err().contains("underscore"));
         assert!(editable_header("content-length").is_err());
+    }
+
+    #[test]
+    fn paths_have_the_form_of_requests() {
+        for (text, expected) in [
+            ("/shop", "/shop"),
+            ("/%7Eann", "/~ann"),
+            ("/caf%c3%a9", "/caf%C3%A9"),
+            ("/é", "/%C3%A9"),
+            ("/{id}", "/%7Bid%7D"),
+        ] {
+            assert_eq!(path(text).unwrap(), expected, "{text}");
+        }
+        for bad in ["", "a", "/a?b", "/a b"] {
+            assert_eq!(path(bad).unwrap_err().hint, None, "{bad}");
+        }
+        for bad in [
+            "/a/../b", "/x/./y", "/x/%2E", "/a\\b", "/a%00", "/a\0", "/a%",
+        ] {
+            assert!(path(bad).unwrap_err().hint.is_some(), "{bad}");
+        }
     }
 
     #[test]

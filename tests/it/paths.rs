@@ -1,5 +1,11 @@
 //! One form of a path for the decision and for the endpoint, and what has none.
 
+use std::net::SocketAddr;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
+
+use crate::support::upstream::read_head;
 use crate::support::{Client, Proxy, Raw, Upstream, explain, get, single};
 
 /// The status of a request for this target, and the path that the endpoint has seen.
@@ -25,6 +31,56 @@ async fn start() -> (Proxy, Upstream) {
         "name: all\n    matches: [ { path: { value: /head } } ]\n",
     );
     (Proxy::start(&config), upstream)
+}
+
+/// An upstream that answers with the request line that it has read.
+async fn mirror() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let head = read_head(&mut stream).await;
+            let line = head.lines().next().unwrap_or_default();
+            let answer = format!("HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n{line}");
+            // The proxy may have gone.
+            let _ = stream.write_all(answer.as_bytes()).await;
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn what_should_have_been_escaped_is_the_same_as_what_is() {
+    let escaped = "/caf%C3%A9/%7B%22%7D";
+    for configured in [escaped, "/caf%c3%a9/%7b%22%7d", "/café/{\\\"}"] {
+        let matches =
+            format!("    matches: [ {{ path: {{ type: Exact, value: \"{configured}\" }} }} ]\n");
+        let proxy = Proxy::start(&single(mirror().await, &matches));
+        for target in [
+            escaped,
+            "/caf%c3%A9/%7b\"}",
+            "/café/{%22%7D",
+            "/c%61fé/{\"}",
+        ] {
+            assert_eq!(
+                ask(&proxy, target).await,
+                (200, Some(escaped.to_owned())),
+                "{target} at {configured}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_sent_instead_has_the_same_form() {
+    for (path, sent) in [
+        ("{ replaceFullPath: /%7Eann/é }", "/~ann/%C3%A9"),
+        ("{ replacePrefixMatch: /%7Eann }", "/~ann/x"),
+    ] {
+        let filters = format!("    filters: [ {{ urlRewrite: {{ path: {path} }} }} ]\n");
+        let proxy = Proxy::start(&single(mirror().await, &filters));
+        assert_eq!(ask(&proxy, "/x").await, (200, Some(sent.to_owned())));
+    }
 }
 
 #[tokio::test]

@@ -202,7 +202,11 @@ impl Checker<'_> {
         } else {
             "replaceFullPath"
         };
-        let path = self.parse(text, &at.key(key), |text| rewritten_path(text, is_prefix))?;
+        let path = if is_prefix && text.is_empty() {
+            String::new()
+        } else {
+            self.replacement(text, &at.key(key))?
+        };
         let by_prefix = |one: &RouteMatch| matches!(one.path, PathMatcher::Prefix(_));
         if is_prefix && matches.is_some_and(|matches| !matches.iter().all(by_prefix)) {
             let message =
@@ -215,6 +219,15 @@ impl Checker<'_> {
         } else {
             PathRewrite::Full(path)
         }))
+    }
+
+    fn replacement(&mut self, text: &str, at: &Path) -> Option<String> {
+        value::path(text)
+            .map_err(|misfit| {
+                let hint = misfit.hint.map(str::to_owned);
+                self.error(at, format!("`{text}` {}", misfit.reason), hint);
+            })
+            .ok()
     }
 
     fn cors(&mut self, cors: &file::Cors, at: &Path) -> Option<Cors> {
@@ -296,17 +309,6 @@ fn list(names: &[&str]) -> Option<HeaderValue> {
     (!names.is_empty())
         .then(|| HeaderValue::from_str(&names.join(", ")).ok())
         .flatten()
-}
-
-fn rewritten_path(text: &str, may_be_empty: bool) -> Result<String, String> {
-    if text.is_empty() && may_be_empty {
-        return Ok(String::new());
-    }
-    let is_path = text.starts_with('/') && text.parse::<http::uri::PathAndQuery>().is_ok();
-    if !is_path || text.contains(['?', '#']) {
-        return Err("is not a path: it begins with `/` and has no query".to_owned());
-    }
-    Ok(text.to_owned())
 }
 
 fn allowed_origin(text: &str) -> Result<AllowedOrigin, String> {
