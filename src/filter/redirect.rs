@@ -40,24 +40,40 @@ pub struct Asked<'a> {
 // === impl Redirect ===
 
 impl Redirect {
-    /// The response to a request for this.
+    /// The response to a request for this; 400 where neither says which host.
     pub fn response(&self, asked: &Asked<'_>) -> Response<()> {
-        let scheme = self.scheme.unwrap_or(asked.scheme);
-        let host = self.hostname.as_deref().unwrap_or(asked.host);
-        let port = self.port(scheme, asked.port);
-        let port = port.map(|port| format!(":{port}")).unwrap_or_default();
-        let rewrite = |rewrite: &PathRewrite| rewrite.apply(asked.path, asked.matched);
-        let path = self.path.as_ref().map(rewrite);
-        let path = path.as_deref().unwrap_or(asked.path);
-        let query = asked.query.map(|query| format!("?{query}"));
-        let query = query.unwrap_or_default();
-        let location = format!("{scheme}://{host}{port}{path}{query}");
         let mut response = Response::new(());
+        let Some(location) = self.location(asked) else {
+            *response.status_mut() = StatusCode::BAD_REQUEST;
+            return response;
+        };
         *response.status_mut() = self.status;
         if let Ok(location) = HeaderValue::from_str(&location) {
             response.headers_mut().insert(LOCATION, location);
         }
         response
+    }
+
+    /// Where to; `None` without a host, which HTTP/1.0 need not name. A location without one could
+    /// not change the scheme, and a path that begins with `//` would name another host.
+    fn location(&self, asked: &Asked<'_>) -> Option<String> {
+        let scheme = self.scheme.unwrap_or(asked.scheme);
+        let host = self.hostname.as_deref().unwrap_or(asked.host);
+        if host.is_empty() {
+            return None;
+        }
+        let port = self.port(scheme, asked.port);
+        let port = port.map(|port| format!(":{port}")).unwrap_or_default();
+        let rewrite = |rewrite: &PathRewrite| rewrite.apply(asked.path, asked.matched);
+        let path = self.path.as_ref().map(rewrite);
+        let path = match path.as_deref().unwrap_or(asked.path) {
+            // So `OPTIONS *` is written in a URL (RFC 9112 section 3.2.4).
+            "*" => "",
+            path => path,
+        };
+        let query = asked.query.map(|query| format!("?{query}"));
+        let query = query.unwrap_or_default();
+        Some(format!("{scheme}://{host}{port}{path}{query}"))
     }
 
     /// The port to write, which the usual one of a scheme is not.
@@ -76,29 +92,31 @@ impl Redirect {
 mod tests {
     use super::*;
 
+    const NONE: Redirect = Redirect {
+        scheme: None,
+        hostname: None,
+        port: None,
+        path: None,
+        status: StatusCode::FOUND,
+    };
+
+    const ASKED: Asked<'_> = Asked {
+        scheme: "http",
+        host: "a.example",
+        port: 8080,
+        path: "/old/page",
+        query: Some("q=1"),
+        matched: 4,
+    };
+
     #[test]
     fn what_is_not_said_stays_as_in_the_request() {
-        let none = || Redirect {
-            scheme: None,
-            hostname: None,
-            port: None,
-            path: None,
-            status: StatusCode::FOUND,
-        };
         let https = || Redirect {
             scheme: Some("https"),
-            ..none()
-        };
-        let asked = Asked {
-            scheme: "http",
-            host: "a.example",
-            port: 8080,
-            path: "/old/page",
-            query: Some("q=1"),
-            matched: 4,
+            ..NONE
         };
         for (redirect, location) in [
-            (none(), "http://a.example:8080/old/page?q=1"),
+            (NONE, "http://a.example:8080/old/page?q=1"),
             (https(), "https://a.example/old/page?q=1"),
             (
                 Redirect {
@@ -112,14 +130,44 @@ mod tests {
                     hostname: Some("b.example".to_owned()),
                     port: Some(80),
                     path: Some(PathRewrite::Prefix("/new".to_owned())),
-                    ..none()
+                    ..NONE
                 },
                 "http://b.example/new/page?q=1",
             ),
         ] {
-            let response = redirect.response(&asked);
+            let response = redirect.response(&ASKED);
             assert_eq!(response.headers()[LOCATION], location);
             assert_eq!(response.status(), StatusCode::FOUND);
+        }
+    }
+    #[test]
+    fn without_a_host_there_is_nowhere_to_go() {
+        let asked = Asked { host: "", ..ASKED };
+        let response = NONE.response(&asked);
+        assert_eq!(response.status(), StatusCode::BAD_REQUEST);
+        assert!(!response.headers().contains_key(LOCATION));
+        let named = Redirect {
+            hostname: Some("b.example".to_owned()),
+            ..NONE
+        };
+        let response = named.response(&asked);
+        assert_eq!(
+            response.headers()[LOCATION],
+            "http://b.example:8080/old/page?q=1"
+        );
+    }
+
+    #[test]
+    fn the_whole_server_has_no_path() {
+        let asked = Asked {
+            path: "*",
+            query: None,
+            matched: 0,
+            ..ASKED
+        };
+        for path in [None, Some(PathRewrite::Prefix("/new".to_owned()))] {
+            let response = Redirect { path, ..NONE }.response(&asked);
+            assert_eq!(response.headers()[LOCATION], "http://a.example:8080");
         }
     }
 }

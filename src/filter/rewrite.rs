@@ -17,6 +17,8 @@ impl PathRewrite {
     pub fn apply(&self, path: &str, matched: usize) -> String {
         match self {
             Self::Full(full) => full.clone(),
+            // `OPTIONS *` has no path, and so no prefix.
+            Self::Prefix(_) if path == "*" => path.to_owned(),
             Self::Prefix(prefix) => {
                 let rest = path.get(matched..).unwrap_or_default();
                 let rest = rest.strip_prefix('/').unwrap_or(rest);
@@ -47,6 +49,7 @@ mod tests {
             ("/foo", "/foo", "/", "/"),
             ("/foo/bar", "", "/xyz", "/xyz/foo/bar"),
             ("/", "", "/xyz", "/xyz/"),
+            ("*", "", "/xyz", "*"),
         ] {
             let rewrite = PathRewrite::Prefix(replacement.to_owned());
             assert_eq!(

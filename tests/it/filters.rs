@@ -2,7 +2,7 @@
 
 use http::{Method, StatusCode};
 
-use crate::support::{Client, Proxy, Reply, Upstream, explain, get};
+use crate::support::{Client, Proxy, Raw, Reply, Upstream, explain, get};
 
 /// A route `shop` for `/shop` with these filters, and one for everything else.
 async fn start(filters: &str) -> (Proxy, Upstream) {
@@ -126,6 +126,19 @@ routes:
         get(proxy.admin(), "/api/v1/routes", &[]).await.status,
         StatusCode::OK
     );
+}
+
+#[tokio::test]
+async fn nobody_is_redirected_who_names_no_host() {
+    let (proxy, _upstream) = start("      - requestRedirect: { scheme: https }").await;
+    for field in ["", "host:\r\n"] {
+        let mut raw = Raw::connect(proxy.address()).await;
+        raw.send(&format!("GET /shop HTTP/1.0\r\n{field}\r\n"))
+            .await;
+        let reply = raw.read_to_end().await;
+        assert!(reply.starts_with("HTTP/1.0 400 "), "{reply}");
+        assert!(!reply.contains("location:"), "{reply}");
+    }
 }
 
 const CORS: &str = "      - type: CORS

@@ -49,6 +49,13 @@ async fn mirror() -> SocketAddr {
     address
 }
 
+/// The reply to these bytes.
+async fn reply_to(proxy: &Proxy, request: &str) -> String {
+    let mut raw = Raw::connect(proxy.address()).await;
+    raw.send(request).await;
+    raw.read_to_end().await
+}
+
 #[tokio::test]
 async fn what_should_have_been_escaped_is_the_same_as_what_is() {
     let escaped = "/caf%C3%A9/%7B%22%7D";
@@ -81,6 +88,15 @@ async fn what_is_sent_instead_has_the_same_form() {
         let proxy = Proxy::start(&single(mirror().await, &filters));
         assert_eq!(ask(&proxy, "/x").await, (200, Some(sent.to_owned())));
     }
+}
+
+#[tokio::test]
+async fn the_whole_server_has_no_prefix_to_replace() {
+    let filters = "    filters: [ { urlRewrite: { path: { replacePrefixMatch: /pre } } } ]\n";
+    let proxy = Proxy::start(&single(mirror().await, filters));
+    let request = "OPTIONS * HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
+    let reply = reply_to(&proxy, request).await;
+    assert!(reply.contains("OPTIONS * HTTP/1.1"), "{reply}");
 }
 
 #[tokio::test]
