@@ -68,6 +68,11 @@ pub(crate) fn host_field(bytes: &[u8]) {
     if let Ok(host) = host(&parts, Survey::of(&parts.headers)) {
         assert!(!host.contains(['@', ',', '/', '?', '#', ' ']), "{host:?}");
         assert!(!host.bytes().any(|byte| byte.is_ascii_uppercase()));
+        // The colons of an IPv6 address stand within its brackets.
+        let (address, rest) = host.rsplit_once(']').unwrap_or(("", &host));
+        assert!(!rest.contains(':'), "{host:?} has a port");
+        assert!(address.is_empty() || rest.is_empty(), "{host:?}");
+        assert!(!host.is_empty() && !host.ends_with('.'), "{host:?}");
     }
 }
 

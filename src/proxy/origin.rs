@@ -237,18 +237,22 @@ pub fn with_path(uri: &Uri, path: &str) -> Option<Uri> {
     Uri::from_parts(parts).ok()
 }
 
-/// The host that a request is for, in lower case and without port (RFC 9112 section 3.2).
+/// The host that a request is for, in lower case and without port (RFC 9112 section 3.2); empty where
+/// HTTP/1.0 names none.
 ///
 /// # Errors
 ///
-/// [`ProxyError::BadRequest`] for a missing, repeated or malformed Host, and
-/// [`ProxyError::MethodNotAllowed`] for methods that are not for gateways.
+/// [`ProxyError::BadRequest`] for a missing, repeated or malformed Host and for a target that is not
+/// one of HTTP, and [`ProxyError::MethodNotAllowed`] for methods that are not for gateways.
 pub fn host(parts: &Parts, survey: Survey) -> Result<Cow<'_, str>, ProxyError> {
     if matches!(parts.method, Method::CONNECT | Method::TRACE) {
         return Err(ProxyError::MethodNotAllowed);
     }
     let is_asterisk = parts.uri.path() == "*";
-    if is_asterisk && parts.method != Method::OPTIONS || is_authority_form(&parts.uri) {
+    if is_asterisk && parts.method != Method::OPTIONS
+        || is_authority_form(&parts.uri)
+        || !is_of_http(&parts.uri)
+    {
         return Err(ProxyError::BadRequest("malformed request target"));
     }
     let field = parts.headers.get(HOST);
@@ -261,25 +265,23 @@ pub fn host(parts: &Parts, survey: Survey) -> Result<Cow<'_, str>, ProxyError> {
     {
         return Ok(Cow::Borrowed(host));
     }
-    let authority = match (parts.uri.authority(), field) {
-        (Some(authority), Some(field))
-            if authority.as_str().eq_ignore_ascii_case(host_field(field)?) =>
-        {
-            authority.as_str()
-        }
+    let authority = match (parts.uri.authority(), field.map(field_text)) {
+        (Some(authority), Some(field)) if authority.as_str().eq_ignore_ascii_case(field) => field,
         (Some(_), Some(_)) => {
             return Err(ProxyError::BadRequest(
                 "the Host header is not the host of the target",
             ));
         }
-        (None, Some(field)) => host_field(field)?,
-        (Some(authority), None) if !needs_host_field(parts.version) => {
-            valid_authority(authority.as_str())?
-        }
+        (None, Some(field)) => field,
+        (Some(authority), None) if !needs_host_field(parts.version) => authority.as_str(),
         (None, None) if parts.version == Version::HTTP_10 => "",
         (_, None) => return Err(ProxyError::BadRequest("no Host header")),
     };
-    Ok(normalize_host(authority))
+    if authority.is_empty() && parts.version == Version::HTTP_10 {
+        return Ok(Cow::Borrowed(""));
+    }
+    let host = host_of(authority).ok_or(ProxyError::BadRequest("malformed host"))?;
+    Ok(lower(host))
 }
 
 /// HTTP/1.1 has no request without a Host field; HTTP/1.0 does not know it, and HTTP/2 has
@@ -288,35 +290,51 @@ fn needs_host_field(version: Version) -> bool {
     version == Version::HTTP_11
 }
 
+/// What is no text is no host either.
+fn field_text(field: &HeaderValue) -> &str {
+    text(field).unwrap_or("?")
+}
+
 /// True for what nearly every host is: a name in lower case without a port, which needs no further
 /// look.
 fn is_plain(host: &str) -> bool {
     let plain = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.');
-    !host.ends_with('.') && host.bytes().all(plain)
+    !host.is_empty() && !host.ends_with('.') && host.bytes().all(plain)
 }
 
-fn host_field(field: &HeaderValue) -> Result<&str, ProxyError> {
-    valid_authority(text(field).unwrap_or("?"))
-}
-
-/// A host with or without a port; no userinfo, which RFC 9110 section 4.2.4 wants treated as an
-/// error.
-fn valid_authority(authority: &str) -> Result<&str, ProxyError> {
-    let well_formed = authority.is_empty() || authority.parse::<Authority>().is_ok();
-    if !well_formed || authority.contains(['@', ',', '?']) || !has_valid_port(authority) {
-        return Err(ProxyError::BadRequest("malformed host"));
+/// The host of an authority, without port and trailing dot; `None` for what is no host. That is also
+/// one with userinfo, which RFC 9110 section 4.2.4 wants treated as an error.
+fn host_of(authority: &str) -> Option<&str> {
+    if authority.contains(['@', ',', '?']) || authority.parse::<Authority>().is_err() {
+        return None;
     }
-    Ok(authority)
+    let host = without_port(authority)?;
+    let host = host.strip_suffix('.').unwrap_or(host);
+    // A second dot would be a host that no route names, and that resolvers may take for the first.
+    let is_whole = !host.is_empty() && !host.ends_with('.');
+    is_whole.then_some(host)
 }
 
-/// True without a port, with an empty one, and with one that there can be.
-fn has_valid_port(authority: &str) -> bool {
-    match authority.rsplit_once(':') {
-        // A colon within brackets is part of an IPv6 address.
-        Some((_, after)) if after.contains(']') => true,
-        Some((_, port)) => port.is_empty() || port.parse::<u16>().is_ok(),
-        None => true,
-    }
+/// What stands before the port, if there is one; `None` if what follows the host is none. One
+/// function for both, so that what is accepted as a port is also cut off.
+fn without_port(authority: &str) -> Option<&str> {
+    let end = if authority.starts_with('[') {
+        // The colons of an IPv6 address are within the brackets.
+        authority.find(']')? + 1
+    } else {
+        authority.find([':', '[']).unwrap_or(authority.len())
+    };
+    let (host, rest) = authority.split_at(end);
+    let is_whole = rest.is_empty() || rest.strip_prefix(':').is_some_and(is_port);
+    is_whole.then_some(host)
+}
+
+/// True for what may follow the colon, nothing among it (RFC 3986 section 3.2.3). `parse` alone would
+/// also take a sign.
+fn is_port(port: &str) -> bool {
+    port.len() <= 5
+        && port.bytes().all(|byte| byte.is_ascii_digit())
+        && (port.is_empty() || port.parse::<u16>().is_ok())
 }
 
 /// True for the target that is only for CONNECT (RFC 9112 section 3.2.3).
@@ -324,20 +342,14 @@ fn is_authority_form(uri: &Uri) -> bool {
     uri.authority().is_some() && uri.scheme().is_none()
 }
 
-/// A host as routes name it: in lower case, without port and trailing dot.
-pub fn normalize_host(authority: &str) -> Cow<'_, str> {
-    lower(without_port(authority))
-}
-
-fn without_port(authority: &str) -> &str {
-    match authority.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
-        _ => authority,
-    }
+/// False for a target of another scheme, which an endpoint would be asked for as if it were HTTP's.
+fn is_of_http(uri: &Uri) -> bool {
+    let is_http =
+        |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
+    uri.scheme_str().is_none_or(is_http)
 }
 
 fn lower(host: &str) -> Cow<'_, str> {
-    let host = host.strip_suffix('.').unwrap_or(host);
     if host.bytes().any(|byte| byte.is_ascii_uppercase()) {
         Cow::Owned(host.to_ascii_lowercase())
     } else {
@@ -374,4 +386,94 @@ fn address_in(entry: &str) -> Option<IpAddr> {
     let bare = entry.trim_matches(['[', ']']).parse();
     let with_port = || entry.parse().map(|address: SocketAddr| address.ip());
     bare.or_else(|_| with_port()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+
+    use super::*;
+
+    /// The host of a request of HTTP/1.1 with this Host field.
+    fn asked(field: &str) -> Result<String, ProxyError> {
+        let request = Request::get("/").header(HOST, field).body(()).unwrap();
+        let parts = request.into_parts().0;
+        host(&parts, Survey::of(&parts.headers)).map(Cow::into_owned)
+    }
+
+    #[test]
+    fn a_host_has_one_form_whatever_port_it_is_asked_at() {
+        for (field, expected) in [
+            ("shop.example.com", "shop.example.com"),
+            ("Shop.Example.com:8080", "shop.example.com"),
+            ("shop.example.com:", "shop.example.com"),
+            ("shop.example.com.", "shop.example.com"),
+            ("shop.example.com.:00080", "shop.example.com"),
+            ("[::1]", "[::1]"),
+            ("[2001:DB8::1]:443", "[2001:db8::1]"),
+            ("[::1]:", "[::1]"),
+        ] {
+            assert_eq!(asked(field).unwrap(), expected, "{field}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_host_is_refused() {
+        for field in [
+            "",
+            ".",
+            ":80",
+            "shop.example.com:+80",
+            "shop.example.com:-1",
+            "shop.example.com:65536",
+            "shop.example.com:000080",
+            "shop.example.com:80:80",
+            "shop.example.com..",
+            "shop.example.com..:80",
+            "[::1]x",
+            "[::1].",
+            "[::1]80",
+            "[::1]:+80",
+            "x[::1]",
+            "::1",
+            "user@shop.example.com",
+        ] {
+            assert!(asked(field).is_err(), "{field:?} is {:?}", asked(field));
+        }
+    }
+
+    #[test]
+    fn a_target_of_another_scheme_is_refused() {
+        for (target, is_fine) in [
+            ("http://a.example/", true),
+            ("HTTPS://a.example/", true),
+            ("ftp://a.example/", false),
+            ("httpx://a.example/", false),
+        ] {
+            let request = Request::get(target).header(HOST, "a.example").body(());
+            let parts = request.unwrap().into_parts().0;
+            let found = host(&parts, Survey::of(&parts.headers));
+            assert_eq!(found.is_ok(), is_fine, "{target}");
+        }
+    }
+
+    #[test]
+    fn only_http_1_0_has_requests_without_a_host() {
+        for (version, is_fine) in [
+            (Version::HTTP_10, true),
+            (Version::HTTP_11, false),
+            (Version::HTTP_2, false),
+        ] {
+            for field in [None, Some("")] {
+                let mut request = Request::get("/").version(version).body(()).unwrap();
+                let value = field.map(HeaderValue::from_static);
+                request
+                    .headers_mut()
+                    .extend(value.map(|value| (HOST, value)));
+                let parts = request.into_parts().0;
+                let found = host(&parts, Survey::of(&parts.headers));
+                assert_eq!(found.ok().as_deref(), is_fine.then_some(""), "{version:?}");
+            }
+        }
+    }
 }

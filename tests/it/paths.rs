@@ -100,6 +100,27 @@ async fn the_whole_server_has_no_prefix_to_replace() {
 }
 
 #[tokio::test]
+async fn a_host_in_another_form_leads_nowhere_else() {
+    let upstream = Upstream::start("one").await;
+    let proxy = Proxy::start(&single(upstream.address, ""));
+    for (target, host) in [
+        ("/", "shop.example.com:+80"),
+        ("/", "shop.example.com.."),
+        ("/", "[::1]x"),
+        ("/", ""),
+        ("ftp://shop.example.com/", "shop.example.com"),
+    ] {
+        let request = format!("GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+        let reply = reply_to(&proxy, &request).await;
+        assert!(
+            reply.starts_with("HTTP/1.1 400 "),
+            "{target} {host}: {reply}"
+        );
+    }
+    assert_eq!(upstream.requests(), 0);
+}
+
+#[tokio::test]
 async fn what_is_matched_is_what_is_sent_on() {
     let (proxy, _upstream) = start().await;
     for target in ["/head", "/h%65ad", "/%68%65%61%64"] {
