@@ -84,21 +84,29 @@ impl Cors {
 
     /// What the page behind a request may know of the response.
     pub fn grant(&self, headers: &HeaderMap) -> Grant {
-        let origin = headers.get(ORIGIN);
-        let text = origin.and_then(|origin| origin.to_str().ok());
-        let allowed = text.and_then(|text| self.origins.iter().find(|one| one.allows(text)));
-        // A wildcard would not do for requests with credentials.
-        let origin = match allowed {
-            Some(AllowedOrigin::Any) if !self.credentials => Some(HeaderValue::from_static("*")),
-            Some(_) => origin.cloned(),
-            None => None,
+        let is_open = self.is_open();
+        let origin = if is_open {
+            Some(HeaderValue::from_static("*"))
+        } else {
+            headers.get(ORIGIN).filter(|one| self.allows(one)).cloned()
         };
         Grant {
             credentials: self.credentials && origin.is_some(),
             expose: self.expose.clone().filter(|_| origin.is_some()),
             origin,
-            varies: self.credentials || !self.origins.contains(&AllowedOrigin::Any),
+            varies: !is_open,
         }
+    }
+
+    /// The answer is the same for every request, also for one without an origin: a cache may give it
+    /// to any. A wildcard would not do for requests with credentials.
+    fn is_open(&self) -> bool {
+        !self.credentials && self.origins.contains(&AllowedOrigin::Any)
+    }
+
+    fn allows(&self, origin: &HeaderValue) -> bool {
+        let allows = |text| self.origins.iter().any(|one| one.allows(text));
+        origin.to_str().is_ok_and(allows)
     }
 }
 
@@ -137,6 +145,54 @@ impl Grant {
         set(ACCESS_CONTROL_EXPOSE_HEADERS, self.expose.clone());
         if self.varies {
             headers.append(VARY, HeaderValue::from_static("Origin"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cors(origins: &[&AllowedOrigin], credentials: bool) -> Cors {
+        Cors {
+            origins: origins.iter().copied().cloned().collect(),
+            credentials,
+            methods: None,
+            headers: None,
+            expose: None,
+            max_age: Duration::ZERO,
+        }
+    }
+
+    #[test]
+    fn what_depends_on_the_origin_says_so_to_caches() {
+        let (any, one) = (
+            &AllowedOrigin::Any,
+            &AllowedOrigin::Exact("https://a.test".to_owned()),
+        );
+        let (a, b) = (Some("https://a.test"), Some("https://b.test"));
+        for (cors, origin, allowed, vary) in [
+            (cors(&[one], false), a, a, Some("Origin")),
+            (cors(&[one], false), b, None, Some("Origin")),
+            (cors(&[one], false), None, None, Some("Origin")),
+            (cors(&[any], false), a, Some("*"), None),
+            (cors(&[any], false), None, Some("*"), None),
+            (cors(&[one, any], false), a, Some("*"), None),
+            (cors(&[one, any], false), b, Some("*"), None),
+            (cors(&[any], true), a, a, Some("Origin")),
+            (cors(&[any], true), None, None, Some("Origin")),
+        ] {
+            let mut asked = HeaderMap::new();
+            let value = origin.map(HeaderValue::from_static);
+            asked.extend(value.map(|value| (ORIGIN, value)));
+            let mut answered = HeaderMap::new();
+            cors.grant(&asked).write(&mut answered);
+            let is = |name, expected: Option<&str>| {
+                let value = answered.get(name).map(|value| value.to_str().unwrap());
+                assert_eq!(value, expected, "{cors:?} {origin:?}");
+            };
+            is(ACCESS_CONTROL_ALLOW_ORIGIN, allowed);
+            is(VARY, vary);
         }
     }
 }
