@@ -189,6 +189,29 @@ async fn sessions_are_resumed_also_after_a_reload() {
     }
 }
 
+/// What an endpoint is sent by a client with this certificate or none; `None` when it is not let in.
+async fn head_seen_from(
+    proxy: &Proxy,
+    authority: &Authority,
+    own: Option<&Identity>,
+) -> Option<String> {
+    let client = authority.client_with(&["h2"], own, rustls::ALL_VERSIONS);
+    let stream = client.handshake(proxy.address(), "a").await.ok()?;
+    let (mut sender, connection) = hyper::client::conn::http2::handshake(
+        hyper_util::rt::TokioExecutor::new(),
+        hyper_util::rt::TokioIo::new(stream),
+    )
+    .await
+    .ok()?;
+    tokio::spawn(connection);
+    let request = http::Request::get("https://a/head")
+        .header("x-client-subject", "CN=forged")
+        .body(http_body_util::Empty::<bytes::Bytes>::new());
+    let response = sender.send_request(request.unwrap()).await.ok()?;
+    let body = http_body_util::BodyExt::collect(response.into_body()).await;
+    Some(String::from_utf8(body.ok()?.to_bytes().to_vec()).unwrap())
+}
+
 #[tokio::test]
 async fn clients_are_asked_for_certificates_and_their_subject_is_passed_on() {
     let upstream = Upstream::start("one").await;
@@ -208,25 +231,7 @@ async fn clients_are_asked_for_certificates_and_their_subject_is_passed_on() {
                 fs::write(directory.join("ours.pem"), &ours.pem).unwrap();
             },
         );
-        let ask = async |own: Option<&Identity>| {
-            let client = authority.client_with(&["h2"], own, rustls::ALL_VERSIONS);
-            let stream = client.handshake(proxy.address(), "a").await.ok()?;
-            let (mut sender, connection) = hyper::client::conn::http2::handshake(
-                hyper_util::rt::TokioExecutor::new(),
-                hyper_util::rt::TokioIo::new(stream),
-            )
-            .await
-            .ok()?;
-            tokio::spawn(connection);
-            let request = http::Request::get("https://a/head")
-                .header("x-client-subject", "CN=forged")
-                .body(http_body_util::Empty::<bytes::Bytes>::new());
-            let response = sender.send_request(request.unwrap()).await.ok()?;
-            let body = http_body_util::BodyExt::collect(response.into_body())
-                .await
-                .ok()?;
-            Some(String::from_utf8(body.to_bytes().to_vec()).unwrap())
-        };
+        let ask = async |own| head_seen_from(&proxy, &authority, own).await;
         let seen = ask(Some(&known)).await.unwrap();
         let subject = seen
             .lines()
@@ -245,6 +250,24 @@ async fn clients_are_asked_for_certificates_and_their_subject_is_passed_on() {
         assert_eq!(without.is_some(), without_is_served, "{mode}");
         assert!(!without.unwrap_or_default().contains("x-client-subject"));
     }
+}
+
+#[tokio::test]
+async fn a_name_in_a_certificate_cannot_pass_for_several() {
+    let upstream = Upstream::start("one").await;
+    let authority = Authority::new("tests");
+    let eve = authority.issue(&["eve, O=Admins + \"x\" "]);
+    let tls = "{ certificates: [ { certificateFile: one.crt, keyFile: one.key } ],
+                clientCa: { file: ours.pem, subjectHeader: x-client-subject } }";
+    let config = with_tls(tls, &single(upstream.address, ""));
+    let proxy = Proxy::start_with(&config, |directory| {
+        authority.issue(&["a"]).write(directory, "one");
+        fs::write(directory.join("ours.pem"), &authority.pem).unwrap();
+    });
+    let seen = head_seen_from(&proxy, &authority, Some(&eve)).await;
+    let seen = seen.unwrap();
+    let subject = r#"x-client-subject: CN=eve\, O=Admins \+ \"x\"\20, O=Serin tests"#;
+    assert!(seen.lines().any(|line| line == subject), "{seen}");
 }
 
 #[tokio::test]
