@@ -22,6 +22,7 @@ mod paths;
 mod proxy_protocol;
 mod reload;
 mod shutdown;
+mod smuggling;
 mod split;
 mod support;
 mod tls;
