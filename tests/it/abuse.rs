@@ -1,19 +1,26 @@
 //! Floods and slow clients: each is ended or bounded, others are served meanwhile, and memory comes back.
 //!
-//! Framing (request smuggling) is in `errors` and `forwarding`, paths in `paths`, tunnels in `tunnels`, forged
-//! headers in `headers`.
+//! Framing (request smuggling) is in `smuggling`, paths in `paths`, tunnels in `tunnels`, forged headers in
+//! `headers`.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt;
 
+use crate::cli::Running;
 use crate::support::frames::{
     CONTINUATION, DATA, END_HEADERS, END_STREAM, End, Frames, HEADERS, PING, RST_STREAM, SETTINGS,
     WINDOW_UPDATE, field, frame, get,
 };
-use crate::support::{Client, Proxy, Raw, Upstream, eventually, single};
+use crate::support::{
+    self, Client, PATIENCE, Proxy, Raw, Upstream, eventually, metric, single, with_head,
+};
 
 const WHOLE: u8 = END_HEADERS | END_STREAM;
+
+/// Why a connection ends whose client asks too much (RFC 9113 section 7).
+const ENHANCE_YOUR_CALM: u32 = 11;
 
 async fn start(listener: &str) -> (Proxy, Upstream) {
     let upstream = Upstream::start("one").await;
@@ -44,7 +51,8 @@ async fn all_is_well(proxy: &Proxy) {
         "one"
     );
     eventually("its connections are gone", || {
-        proxy.app().connections().iter().sum::<usize>() == 0
+        let connections = proxy.app().connections().iter().sum::<usize>();
+        connections == 0 && proxy.metric("serin_connections_active", &[]) == 0.0
     })
     .await;
     eventually("its requests are gone", || {
@@ -111,25 +119,40 @@ async fn continuation_flood() {
     all_is_well(&proxy).await;
 }
 
-/// A field in the table of 4 KiB, named by a byte over and over: 16 KiB of frame are 60 MiB of head.
+/// A field in the table of 4 KiB, named by a byte over and over: a frame of 16 KiB is a head of 45 MiB.
+///
+/// The defence is h2's `max_header_list_size`, which is the listener's `limits.requestHead`: fields beyond it are
+/// not kept, and beyond four times as much (h2's `MAX_HEADER_LIST_ABUSE_MULTIPLIER`) they are not even decoded.
 #[tokio::test]
 async fn hpack_bomb() {
-    let (proxy, upstream) = start(", timeouts: { idle: 500ms }").await;
+    let (proxy, upstream) = start(", limits: { requestHead: 32Ki }").await;
+    for (times, expected) in [
+        (12, End::Answered),
+        (12_000, End::Connection(Some(ENHANCE_YOUR_CALM))),
+    ] {
+        let mut connection = Frames::connect(proxy.address()).await;
+        connection.send(HEADERS, WHOLE, 1, &bomb(times)).await;
+        assert_eq!(connection.end_of(1).await, expected, "{times}");
+    }
+    assert_eq!(upstream.requests(), 0);
+    all_is_well(&proxy).await;
+    // What is within the limit is no bomb.
     let mut connection = Frames::connect(proxy.address()).await;
+    let before = upstream.requests();
+    connection.send(HEADERS, WHOLE, 1, &bomb(3)).await;
+    assert_eq!(connection.end_of(1).await, End::Answered);
+    assert_eq!(upstream.requests(), before + 1);
+}
+
+/// A head whose field of nearly 4 KiB comes once, and then so many times more by its index.
+fn bomb(times: usize) -> Vec<u8> {
     // With indexing, so that it gets the first index of the dynamic table, 62.
     let value = "x".repeat(3900);
     let mut indexed = vec![0x40, 1, b'x', 0x7f];
     let rest = value.len() - 127;
     indexed.extend([(rest & 0x7f) as u8 | 0x80, (rest >> 7) as u8]);
     indexed.extend(value.as_bytes());
-    let block = [get("/"), indexed, vec![0x80 | 62; 12_000]].concat();
-    connection.send(HEADERS, WHOLE, 1, &block).await;
-    let end = connection.end_of(1).await;
-    // It is answered with 431, or ended; it does not go on.
-    assert!(!matches!(end, End::Stream(0)), "{end:?}");
-    assert_eq!(upstream.requests(), 0);
-    drop(connection);
-    all_is_well(&proxy).await;
+    [get("/"), indexed, vec![0x80 | 62; times]].concat()
 }
 
 /// Frames that cost the server an answer each, and are not read: what waits is bounded.
@@ -140,7 +163,7 @@ async fn settings_and_ping_floods() {
         let payload: &[u8] = if kind == PING { &[0; 8] } else { &[] };
         let mut connection = Frames::connect(proxy.address()).await;
         let bytes = frame(kind, 0, 0, payload).repeat(1000);
-        let before = resident_kib();
+        let before = resident_kib("self");
         let deadline = Instant::now() + Duration::from_secs(5);
         let mut sent = 0;
         while Instant::now() < deadline && sent < 20_000 {
@@ -151,7 +174,7 @@ async fn settings_and_ping_floods() {
                 Ok(false) | Err(_) => break,
             }
         }
-        let grown = resident_kib().saturating_sub(before);
+        let grown = resident_kib("self").saturating_sub(before);
         assert!(grown < 64 << 10, "{kind}: {grown} KiB for {sent} frames");
         assert_eq!(
             Client::h2c(proxy.address())
@@ -166,31 +189,29 @@ async fn settings_and_ping_floods() {
     }
 }
 
-/// Frames without anything in them, which never end a request.
+/// Frames without anything in them, which never end a request and each count as a sign of life.
+///
+/// The defence is a constant of h2, `MAX_RECV_EMPTY_DATA_FRAMES`: 100 on a connection, and at the next one it ends.
+/// Without it the request would go on for as long as they come.
 #[tokio::test]
 async fn empty_data_flood() {
-    let (proxy, upstream) = start(", timeouts: { requestBody: 500ms, idle: 500ms }").await;
-    let mut connection = Frames::connect(proxy.address()).await;
-    connection
-        .send(HEADERS, END_HEADERS, 1, &get("/sink"))
-        .await;
-    let bytes = frame(DATA, 0, 1, &[]).repeat(1000);
-    for _ in 0..50 {
-        if !connection.raw(&bytes).await {
-            break;
-        }
+    let (proxy, upstream) = start("").await;
+    for (frames, is_ended) in [(100, false), (101, true)] {
+        let mut connection = Frames::connect(proxy.address()).await;
+        connection
+            .send(HEADERS, END_HEADERS, 1, &get("/sink"))
+            .await;
+        connection.raw(&frame(DATA, 0, 1, &[]).repeat(frames)).await;
+        let expected = if is_ended {
+            End::Connection(Some(ENHANCE_YOUR_CALM))
+        } else {
+            connection.send(DATA, END_STREAM, 1, b"the end").await;
+            End::Answered
+        };
+        assert_eq!(connection.end_of(1).await, expected, "{frames}");
     }
-    assert_eq!(
-        Client::h2c(proxy.address())
-            .await
-            .get("/", &[])
-            .await
-            .text(),
-        "one"
-    );
-    drop(connection);
-    all_is_well(&proxy).await;
     assert!(upstream.requests() >= 1);
+    all_is_well(&proxy).await;
 }
 
 /// A head that comes byte by byte, and one that never comes.
@@ -242,7 +263,7 @@ async fn slow_bodies() {
 #[tokio::test]
 async fn slow_readers() {
     let (proxy, _upstream) = start(", timeouts: { write: 500ms, idle: 1s }").await;
-    let before = resident_kib();
+    let before = resident_kib("self");
     let mut clients = Vec::new();
     for _ in 0..50 {
         let mut raw = Raw::connect(proxy.address()).await;
@@ -256,17 +277,18 @@ async fn slow_readers() {
         let _ = frames.next().await;
     }
     // The upstream of the test holds each body whole: 10 MB times the clients that it has not sent it to.
-    let grown = resident_kib().saturating_sub(before);
+    let grown = resident_kib("self").saturating_sub(before);
     assert!(grown < 1_500_000, "{grown} KiB for 100 clients");
     all_is_well(&proxy).await;
     drop(clients);
 }
 
-fn resident_kib() -> usize {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+/// What a process holds in memory now, without the pages of its program.
+fn resident_kib(process: impl std::fmt::Display) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let line = status
         .lines()
-        .find(|line| line.starts_with("VmRSS:"))
+        .find(|line| line.starts_with("RssAnon:"))
         .unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
@@ -306,4 +328,144 @@ async fn a_slow_but_steady_reader_is_served_to_the_end() {
         begun.elapsed() > Duration::from_millis(1500),
         "longer than the limit"
     );
+}
+
+/// What all floods together have taken is given back when their connections have ended, and a second time as well,
+/// when what leaks would add up. In a process of its own, so that nothing but the floods can be the cause, and with
+/// the allocator of the program.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_returns_to_where_it_was() {
+    /// What the allocator may keep for itself; a flood takes at least twice as much.
+    const MARGIN_KIB: usize = 16 << 10;
+    let upstream = Upstream::start("one").await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("serin.yaml");
+    let timeouts = "{ requestHead: 2s, requestBody: 2s, write: 2s, idle: 2s }";
+    let listener =
+        format!("listeners: [ {{ name: web, address: '127.0.0.1:0', timeouts: {timeouts} }} ]\n");
+    let config = format!("{listener}workers: 1\n{}", single(upstream.address, ""));
+    std::fs::write(&path, with_head(&config)).unwrap();
+    let mut running = Running::start(&path);
+    let admin = Running::address(&running.wait_for("serin is up"), "admin=");
+    let web = Running::address(&running.wait_for(" listening "), "address=");
+    let process = running.child.id();
+
+    // What it needs to serve at all is there before: threads, pools, the handles of metrics.
+    flood(web, 1).await;
+    is_left_alone(admin).await;
+    let before = resident_kib(process);
+    for round in 1..=2 {
+        let busiest = flood_and_watch(web, 30, process).await;
+        assert!(
+            busiest > before + 2 * MARGIN_KIB,
+            "no flood worth the name: {before} KiB, then {busiest} KiB"
+        );
+        is_left_alone(admin).await;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // jemalloc gives pages back in the background, some ten seconds after they were last used.
+            let now = resident_kib(process);
+            if now <= before + MARGIN_KIB {
+                break;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{before} KiB before, {busiest} KiB in round {round}, and still {now} KiB"
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+/// Waits until no client is connected and no request under way.
+async fn is_left_alone(admin: SocketAddr) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let exposition = support::get(admin, "/metrics", &[]).await;
+        let left = ["serin_connections_active", "serin_requests_in_flight"]
+            .map(|name| metric(exposition.text(), name, &[]));
+        if left == [0.0, 0.0] {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{left:?} are left");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Every kind of flood at once, and the most memory that the process has held meanwhile.
+async fn flood_and_watch(web: SocketAddr, times: usize, process: u32) -> usize {
+    let flood = tokio::spawn(async move { flood(web, times).await });
+    let mut busiest = 0;
+    while !flood.is_finished() {
+        busiest = busiest.max(resident_kib(process));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    flood.await.unwrap();
+    busiest
+}
+
+/// So many connections of every kind, all open at once until each has been ended by the other side, or has had all
+/// that it can.
+async fn flood(web: SocketAddr, times: usize) {
+    let mut floods = tokio::task::JoinSet::new();
+    for _ in 0..times {
+        floods.spawn(async move {
+            let mut resets = Frames::connect(web).await;
+            for number in 0..1000 {
+                let stream = number * 2 + 1;
+                let head = frame(HEADERS, WHOLE, stream, &get("/hold"));
+                let reset = frame(RST_STREAM, 0, stream, &[0, 0, 0, 8]);
+                if !resets.raw(&[head, reset].concat()).await {
+                    break;
+                }
+            }
+            resets.end_of(u32::MAX).await;
+        });
+        floods.spawn(async move {
+            let mut continued = Frames::connect(web).await;
+            continued.send(HEADERS, END_STREAM, 1, &get("/")).await;
+            let more = field("x-more", &"x".repeat(100)).repeat(100);
+            for _ in 0..1000 {
+                if !continued.raw(&frame(CONTINUATION, 0, 1, &more)).await {
+                    break;
+                }
+            }
+            continued.end_of(u32::MAX).await;
+        });
+        floods.spawn(async move {
+            let mut bombs = Frames::connect(web).await;
+            for number in 0..100 {
+                bombs.send(HEADERS, WHOLE, number * 2 + 1, &bomb(12)).await;
+            }
+            bombs.send(HEADERS, WHOLE, 201, &bomb(12_000)).await;
+            bombs.end_of(u32::MAX).await;
+        });
+        floods.spawn(async move {
+            let mut slow = Raw::connect(web).await;
+            slow.send("GET /bytes/3000000 HTTP/1.1\r\nhost: a\r\n\r\n")
+                .await;
+            // Whoever reads nothing is cut off, which only a read finds out; so this is the longest that it takes.
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            slow.read_to_end().await;
+        });
+        floods.spawn(async move {
+            let mut slow = Frames::connect(web).await;
+            for number in 0..20 {
+                let bytes = get("/bytes/3000000");
+                slow.send(HEADERS, WHOLE, number * 2 + 1, &bytes).await;
+            }
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            slow.end_of(u32::MAX).await;
+        });
+        floods.spawn(async move {
+            let mut half = Raw::connect(web).await;
+            let long = "x".repeat(30_000);
+            half.send(&format!("GET / HTTP/1.1\r\nhost: a\r\nx: {long}"))
+                .await;
+            half.read_to_end().await;
+        });
+    }
+    while let Some(flood) = floods.join_next().await {
+        flood.unwrap();
+    }
 }

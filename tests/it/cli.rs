@@ -33,15 +33,15 @@ fn output(arguments: &[&str]) -> (Option<i32>, String, String) {
 }
 
 /// A `serin run` of our own, ended with the test.
-struct Running {
-    child: Child,
+pub(crate) struct Running {
+    pub(crate) child: Child,
     log: Receiver<String>,
     /// Lines that nobody has waited for yet: those of two threads come in any order.
     seen: Vec<String>,
 }
 
 impl Running {
-    fn start(config: &Path) -> Self {
+    pub(crate) fn start(config: &Path) -> Self {
         let config = config.to_str().unwrap();
         let mut child = serin(&["run", "--config", config])
             .stdout(Stdio::piped())
@@ -61,7 +61,7 @@ impl Running {
     }
 
     /// Reads the log until a line holds `text`, and takes that line out.
-    fn wait_for(&mut self, text: &str) -> String {
+    pub(crate) fn wait_for(&mut self, text: &str) -> String {
         loop {
             if let Some(found) = self.seen.iter().position(|line| line.contains(text)) {
                 return self.seen.remove(found);
@@ -74,7 +74,7 @@ impl Running {
     }
 
     /// The address after `key` in a line of the log.
-    fn address(line: &str, key: &str) -> SocketAddr {
+    pub(crate) fn address(line: &str, key: &str) -> SocketAddr {
         let start = line.find(key).unwrap() + key.len();
         line[start..]
             .split_whitespace()
