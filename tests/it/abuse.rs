@@ -14,7 +14,7 @@ use crate::support::frames::{
     WINDOW_UPDATE, field, frame, get,
 };
 use crate::support::{
-    self, Client, PATIENCE, Proxy, Raw, Upstream, eventually, metric, single, with_head,
+    self, Client, PATIENCE, Proxy, Raw, Upstream, eventually, metric, shop, single, with_head,
 };
 
 const WHOLE: u8 = END_HEADERS | END_STREAM;
@@ -468,4 +468,78 @@ async fn flood(web: SocketAddr, times: usize) {
     while let Some(flood) = floods.join_next().await {
         flood.unwrap();
     }
+}
+
+/// More cookies than a head may hold: who would cut them off and go on would decide by half of them.
+#[tokio::test]
+async fn cookies_beyond_the_limits_are_refused_and_none_is_acted_upon_over_http_1() {
+    let (proxy, upstream) = start_gray().await;
+    let many: String = (0..100).map(|n| format!("cookie: a{n}=1\r\n")).collect();
+    let large = format!("cookie: a={}\r\n", "x".repeat(33 << 10));
+    let pairs: String = (0..5000).map(|n| format!("; a{n}=1")).collect();
+    let long = format!("cookie: canary=2{pairs}\r\n");
+    for cookies in [many, large, long] {
+        let mut raw = Raw::connect(proxy.address()).await;
+        raw.send(&format!(
+            "GET /head HTTP/1.1\r\nhost: a\r\ncookie: uid=ann; canary=2\r\n{cookies}\r\n"
+        ))
+        .await;
+        let head = raw.read_until("\r\n\r\n").await;
+        assert!(head.starts_with("HTTP/1.1 431 "), "{head}");
+        assert!(!head.contains("set-cookie"), "{head}");
+    }
+    nothing_was_decided(&proxy, &upstream);
+    // Up to the limit all are seen, also the last.
+    let most: String = (0..98).map(|n| format!("cookie: a{n}=1\r\n")).collect();
+    let mut raw = Raw::connect(proxy.address()).await;
+    raw.send(&format!(
+        "GET /head HTTP/1.1\r\nhost: a\r\n{most}cookie: canary=2\r\n\r\n"
+    ))
+    .await;
+    raw.read_until("; a97=1; canary=2").await;
+    assert_eq!(decisions(&proxy, "override"), 1.0);
+}
+
+/// As over HTTP/1, where each cookie may have a field of its own (RFC 9113 section 8.2.3).
+#[tokio::test]
+async fn cookies_beyond_the_limits_are_refused_and_none_is_acted_upon_over_http_2() {
+    let (proxy, upstream) = start_gray().await;
+    let large = "a=".to_owned() + &"x".repeat(3000);
+    let own = [("cookie", "uid=ann"), ("cookie", "canary=2")];
+    for cookies in [
+        vec![("cookie", "a=1"); 100],
+        vec![("cookie", large.as_str()); 12],
+    ] {
+        let mut client = Client::h2c(proxy.address()).await;
+        let reply = client.get("/head", &[&own[..], &cookies].concat()).await;
+        assert_eq!(reply.status.as_u16(), 431);
+        assert_eq!(reply.header("set-cookie"), None);
+    }
+    nothing_was_decided(&proxy, &upstream);
+    let mut client = Client::h2c(proxy.address()).await;
+    let most = vec![("cookie", "a=1"); 90];
+    let reply = client.get("/head", &[&most[..], &own].concat()).await;
+    assert!(
+        reply.text().contains("a=1; uid=ann; canary=2"),
+        "{}",
+        reply.text()
+    );
+    assert_eq!(decisions(&proxy, "override"), 1.0);
+}
+
+/// A proxy that decides by cookies, and gives one to strangers.
+async fn start_gray() -> (Proxy, Upstream) {
+    let upstream = Upstream::start("one").await;
+    let gray = "    gray: { identity: [ { cookie: uid } ], override: { cookie: canary }, withoutIdentity: cookie }\n";
+    let proxy = Proxy::start(&shop(upstream.address, upstream.address, (1, 0), gray));
+    (proxy, upstream)
+}
+
+fn decisions(proxy: &Proxy, reason: &str) -> f64 {
+    proxy.metric("serin_routing_decisions_total", &[("reason", reason)])
+}
+
+fn nothing_was_decided(proxy: &Proxy, upstream: &Upstream) {
+    assert_eq!(proxy.metric("serin_routing_decisions_total", &[]), 0.0);
+    assert_eq!(upstream.requests(), 0);
 }
