@@ -2,7 +2,9 @@
 
 use std::io;
 
-use http::header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use http::header::{
+    ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
+};
 use http::{Response, StatusCode};
 use tracing::debug;
 
@@ -217,6 +219,10 @@ impl ProxyError {
             HeaderValue::from_static("text/plain; charset=utf-8"),
         );
         self.set_proxy_status(headers);
+        if matches!(self, Self::TransferCoding) {
+            // Whoever sends such a request may see its end somewhere else than we do.
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
         if status == StatusCode::METHOD_NOT_ALLOWED {
             headers.insert(
                 ALLOW,
