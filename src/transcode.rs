@@ -7,6 +7,7 @@
 pub mod message;
 pub mod template;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -20,7 +21,8 @@ use template::{Captures, Template};
 /// The methods of some services, by what HTTP calls them.
 #[derive(Clone)]
 pub struct Transcoder {
-    bindings: Vec<Arc<Binding>>,
+    /// By the method of HTTP, in the order in which they are asked.
+    bindings: HashMap<Method, Vec<Arc<Binding>>>,
     pool: DescriptorPool,
 }
 
@@ -125,17 +127,16 @@ impl Transcoder {
         }
         // The more of a path a template says itself, the sooner it is asked.
         bindings.sort_by_key(|binding| binding.template.rank());
+        let bindings = by_method(bindings);
         Ok((Self { bindings, pool }, skipped))
     }
 
     /// The method that a request means.
     pub fn find(&self, method: &Method, path: &str, query: Option<&str>) -> Option<Call> {
-        let candidates = self
-            .bindings
-            .iter()
-            .filter(|binding| binding.method == *method);
+        let parts: Vec<&str> = path.strip_prefix('/')?.split('/').collect();
+        let candidates = self.bindings.get(method)?.iter();
         let (binding, captures) = candidates
-            .filter_map(|binding| Some((binding, binding.template.captures(path)?)))
+            .filter_map(|binding| Some((binding, binding.template.captures(&parts)?)))
             .next()?;
         Some(Call {
             binding: Arc::clone(binding),
@@ -172,22 +173,17 @@ impl Binding {
             message::field_at(&rpc.input(), field)
                 .ok_or_else(|| format!("the request has no field `{field}`"))?;
         }
-        let text = |name: &str| {
-            let value = rule.get_field_by_name(name)?;
-            Some(value.as_str()?.to_owned()).filter(|text| !text.is_empty())
-        };
         let field = |message: MessageDescriptor, name: &str| {
             message
                 .get_field_by_name(name)
                 .ok_or_else(|| format!("`{}` has no field `{name}`", message.full_name()))
         };
-        let body = match text("body").as_deref() {
+        let body = match text(rule, "body").as_deref() {
             None => Body::None,
             Some("*") => Body::Whole,
             Some(name) => Body::Field(field(rpc.input(), name)?),
         };
-        let response = text("response_body");
-        let response = response
+        let response = text(rule, "response_body")
             .map(|name| field(rpc.output(), &name))
             .transpose()?;
         Ok(Self {
@@ -199,6 +195,15 @@ impl Binding {
             rpc: rpc.clone(),
         })
     }
+}
+
+fn by_method(bindings: Vec<Arc<Binding>>) -> HashMap<Method, Vec<Arc<Binding>>> {
+    let mut by_method: HashMap<_, Vec<_>> = HashMap::new();
+    for binding in bindings {
+        let those = by_method.entry(binding.method.clone()).or_default();
+        those.push(binding);
+    }
+    by_method
 }
 
 /// The annotations of a method, additional ones among them.
@@ -222,10 +227,6 @@ fn rules_of(pool: &DescriptorPool, rpc: &MethodDescriptor) -> Vec<DynamicMessage
 
 /// The method of HTTP and the template of an annotation.
 fn pattern(rule: &DynamicMessage) -> Option<(Method, String)> {
-    let text = |name: &str| {
-        let value = rule.get_field_by_name(name)?;
-        Some(value.as_str()?.to_owned()).filter(|text| !text.is_empty())
-    };
     let usual = [
         ("get", Method::GET),
         ("put", Method::PUT),
@@ -235,12 +236,17 @@ fn pattern(rule: &DynamicMessage) -> Option<(Method, String)> {
     ];
     let usual = usual
         .into_iter()
-        .find_map(|(name, method)| Some((method, text(name)?)));
+        .find_map(|(name, method)| Some((method, text(rule, name)?)));
     usual.or_else(|| {
         let custom = rule.get_field_by_name("custom")?;
         let custom = custom.as_message()?;
-        let part = |name: &str| Some(custom.get_field_by_name(name)?.as_str()?.to_owned());
-        let method = Method::from_bytes(part("kind")?.as_bytes()).ok()?;
-        Some((method, part("path")?))
+        let method = Method::from_bytes(text(custom, "kind")?.as_bytes()).ok()?;
+        Some((method, text(custom, "path")?))
     })
+}
+
+/// What a field of an annotation says, if it says anything.
+fn text(rule: &DynamicMessage, field: &str) -> Option<String> {
+    let value = rule.get_field_by_name(field)?;
+    Some(value.as_str()?.to_owned()).filter(|text| !text.is_empty())
 }

@@ -129,35 +129,34 @@ impl Template {
         (kinds, Reverse(self.verb.is_some()))
     }
 
-    /// What it captures of a path, if the path is one of its.
-    pub fn captures(&self, path: &str) -> Option<Captures> {
-        let path = path.strip_prefix('/')?;
-        let path = match &self.verb {
-            Some(verb) => path.strip_suffix(verb.as_str())?.strip_suffix(':')?,
-            None => path,
-        };
-        let parts: Vec<&str> = path.split('/').collect();
+    /// What it captures of a path, if the path is one of its; `parts` is what stands between the
+    /// slashes after the first.
+    pub fn captures(&self, parts: &[&str]) -> Option<Captures> {
         let takes_rest = self.segments.last() == Some(&Segment::Rest);
         let fixed = self.segments.len() - usize::from(takes_rest);
         if parts.len() < fixed || !takes_rest && parts.len() > fixed {
             return None;
         }
-        let fits = |(segment, part): (&Segment, &&str)| match segment {
-            Segment::Literal(literal) => literal == *part,
-            Segment::One => !part.is_empty(),
+        let (last, front) = parts.split_last()?;
+        let last = match &self.verb {
+            Some(verb) => last.strip_suffix(verb.as_str())?.strip_suffix(':')?,
+            None => last,
+        };
+        let pieces = || front.iter().copied().chain([last]);
+        let fits = |(segment, piece): (&Segment, &str)| match segment {
+            Segment::Literal(literal) => literal == piece,
+            Segment::One => !piece.is_empty(),
             Segment::Rest => true,
         };
-        if !self.segments.iter().zip(&parts).all(fits) {
+        if !self.segments.iter().zip(pieces()).all(fits) {
             return None;
         }
         let capture = |variable: &Variable| {
             let Range { start, end } = variable.segments;
-            let end = if takes_rest && end == self.segments.len() {
-                parts.len()
-            } else {
-                end
-            };
-            let text = parts.get(start..end).unwrap_or_default().join("/");
+            let goes_on = takes_rest && end == self.segments.len();
+            let end = if goes_on { parts.len() } else { end };
+            let taken: Vec<&str> = pieces().take(end).skip(start).collect();
+            let text = taken.join("/");
             let text = percent_decode_str(&text).decode_utf8().ok()?.into_owned();
             Some((variable.field.clone(), text))
         };
@@ -171,8 +170,9 @@ mod tests {
 
     use super::*;
 
-    fn captures(template: &str, path: &str) -> Option<Vec<(String, String)>> {
-        Template::parse(template).unwrap().captures(path)
+    fn captures(template: &str, path: &str) -> Option<Captures> {
+        let parts: Vec<&str> = path[1..].split('/').collect();
+        Template::parse(template).unwrap().captures(&parts)
     }
 
     fn pairs(pairs: &[(&str, &str)]) -> Option<Captures> {
@@ -210,6 +210,11 @@ mod tests {
                 pairs(&[("path", "a/b/c")]),
             ),
             ("/v1/files/{path=**}", "/v1/files", pairs(&[("path", "")])),
+            (
+                "/v1/{name=**}:verb",
+                "/v1/a/b:verb",
+                pairs(&[("name", "a/b")]),
+            ),
             (
                 "/v1/items/{id}:cancel",
                 "/v1/items/7:cancel",
@@ -263,7 +268,7 @@ mod tests {
         #[test]
         fn nothing_is_a_panic(template in "[/a{}=*:.%0-9]{0,20}", path in "[/a:%0-9]{0,20}") {
             if let Ok(template) = Template::parse(&template) {
-                let _ = template.captures(&path);
+                let _ = template.captures(&path.split('/').collect::<Vec<_>>());
             }
         }
     }
