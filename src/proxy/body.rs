@@ -506,6 +506,16 @@ impl ReplyBody {
     pub fn local(text: impl Into<Bytes>) -> Self {
         Self::Local(Full::new(text.into()))
     }
+
+    /// What the upstream sent is no answer to the call, which ends so; it is to blame for `error`.
+    pub(super) fn broke(&mut self, status: grpc::Status, error: &'static str) {
+        if let Self::Upstream(body) = self {
+            if let Some(held) = &mut body.held {
+                held.exchange.call_ended(status);
+            }
+            body.fail(Some(error));
+        }
+    }
 }
 
 impl Body for ReplyBody {
@@ -641,11 +651,15 @@ impl UpstreamBody {
         })
     }
 
-    /// The body is whole: the exchange is over, and the connection can serve another one.
+    /// The body is whole: the exchange is over, and the connection can serve another one. That of a
+    /// translated call is over when the body is let go of: what has come may turn out to be no answer.
     fn end(&mut self) {
-        if let Some(mut held) = self.held.take() {
+        if let Some(held) = &mut self.held {
             held.exchange.ended();
             held.exchange.linger();
+        }
+        let is_over = |held: &mut Held| held.exchange.translation().is_none();
+        if let Some(held) = self.held.take_if(is_over) {
             held.loan.give_back();
         }
     }

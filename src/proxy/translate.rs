@@ -31,6 +31,9 @@ const LARGEST_MESSAGE: usize = 4 << 20;
 /// The largest JSON body where neither route nor listener says otherwise.
 pub const LARGEST_BODY: u64 = 4 << 20;
 
+/// What a service is to blame for whose answer makes no sense (RFC 9209 section 2.3).
+const NO_ANSWER: &str = "http_protocol_error";
+
 const DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
 
 /// What says something of a call, and nothing to a client that does not know it.
@@ -94,6 +97,8 @@ struct Failure {
     message: String,
     /// google.rpc.Status, where the service has said more.
     details: Option<HeaderValue>,
+    /// What the service is to blame for where it does not know itself that the call has failed.
+    error: Option<&'static str>,
 }
 
 /// The rest of a stream, a line for each message.
@@ -171,19 +176,11 @@ impl Translation {
             Beginning::Whole(json) => (StatusCode::OK, JSON, ReplyBody::local(json)),
             Beginning::Nothing => (StatusCode::OK, JSON_LINES, ReplyBody::empty()),
             Beginning::Line(first) => {
-                let lines = JsonLines {
-                    messages,
-                    translation: self,
-                    first: Some(first),
-                    is_over: false,
-                };
-                (
-                    StatusCode::OK,
-                    JSON_LINES,
-                    ReplyBody::Lines(Box::new(lines)),
-                )
+                let lines = self.lines(messages, first);
+                (StatusCode::OK, JSON_LINES, lines)
             }
             Beginning::Failure(failure) => {
+                messages.failed(&failure);
                 let json = self.describe(&failure).to_string();
                 (self.status(failure.status), JSON, ReplyBody::local(json))
             }
@@ -191,6 +188,15 @@ impl Translation {
         headers.insert(CONTENT_TYPE, kind);
         parts.status = status;
         Response::from_parts(parts, body)
+    }
+
+    fn lines(self, messages: Messages, first: Bytes) -> ReplyBody {
+        ReplyBody::Lines(Box::new(JsonLines {
+            messages,
+            translation: self,
+            first: Some(first),
+            is_over: false,
+        }))
     }
 
     /// Waits for what the beginning of a response says.
@@ -231,11 +237,13 @@ impl Translation {
 // === impl Failure ===
 
 impl Failure {
+    /// What is found here, and the service does not know.
     fn new(status: grpc::Status, message: &str) -> Self {
         Self {
             status,
             message: message.to_owned(),
             details: None,
+            error: Some(NO_ANSWER),
         }
     }
 
@@ -248,11 +256,11 @@ impl Failure {
 
     /// What the end of a call that did not end well says.
     fn of(end: &HeaderMap) -> Self {
-        let status = match grpc::Status::of(end) {
+        let (status, error) = match grpc::Status::of(end) {
             // A call that ends well without any message has none to give.
-            Some(status) if status.is_ok() => grpc::Status::INTERNAL,
-            Some(status) => status,
-            None => grpc::Status::UNKNOWN,
+            Some(status) if status.is_ok() => (grpc::Status::INTERNAL, Some(NO_ANSWER)),
+            Some(status) => (status, None),
+            None => (grpc::Status::UNKNOWN, Some(NO_ANSWER)),
         };
         let message = end.get("grpc-message").map(HeaderValue::as_bytes);
         let message = percent_decode(message.unwrap_or_default());
@@ -260,6 +268,7 @@ impl Failure {
             status,
             message: message.decode_utf8_lossy().into_owned(),
             details: end.get(DETAILS).cloned(),
+            error,
         }
     }
 }
@@ -298,6 +307,13 @@ impl Messages {
                 Some(Err(_)) => return Poll::Ready(Next::Broken),
                 None => return Poll::Ready(Next::End(HeaderMap::new())),
             }
+        }
+    }
+
+    /// What the client is told is what counts, also where the service takes its answer for a good one.
+    fn failed(&mut self, failure: &Failure) {
+        if let Some(error) = failure.error {
+            self.body.broke(failure.status, error);
         }
     }
 
@@ -347,6 +363,7 @@ impl JsonLines {
             Next::Broken => Failure::broken(),
         };
         self.is_over = true;
+        self.messages.failed(&failure);
         let json = serde_json::json!({ "error": self.translation.describe(&failure) });
         let json = json.to_string().into_bytes();
         Poll::Ready(Some(Ok(Frame::data(line(json)))))

@@ -1,11 +1,20 @@
 //! REST clients of a service of gRPC, by one definition for both.
 
+use std::convert::Infallible;
 use std::fs;
+use std::future::ready;
 use std::net::SocketAddr;
 use std::path::Path;
 
+use bytes::Bytes;
+use http::header::{HeaderMap, HeaderValue};
 use http::{Method, StatusCode};
-use http_body_util::{BodyExt, Empty};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Empty, Full};
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tonic::Request;
@@ -372,6 +381,128 @@ async fn errors_of_the_proxys_own_are_json_as_well() {
     let reply = ask(&slow, "GET", "/v1/hang-late", "").await;
     let last: Value = serde_json::from_str(reply.text().lines().last().unwrap()).unwrap();
     assert_eq!(last["error"]["code"], 4, "{last}");
+}
+
+/// What a service answers with, whatever it is asked.
+#[derive(Clone, Default)]
+struct Answer {
+    head: Vec<(&'static str, &'static str)>,
+    body: Vec<u8>,
+    trailers: Vec<(&'static str, &'static str)>,
+}
+
+impl Answer {
+    /// One that says that it is good.
+    fn good(body: &[u8]) -> Self {
+        Self {
+            head: vec![("content-type", "application/grpc")],
+            body: body.to_vec(),
+            trailers: vec![("grpc-status", "0")],
+        }
+    }
+
+    fn into_response(self) -> http::Response<BoxBody<Bytes, Infallible>> {
+        let mut trailers = HeaderMap::new();
+        for (name, value) in self.trailers {
+            trailers.insert(name, HeaderValue::from_static(value));
+        }
+        let trailers = (!trailers.is_empty()).then(|| Ok(trailers));
+        let body = Full::new(Bytes::from(self.body)).with_trailers(ready(trailers));
+        let mut response = http::Response::new(body.boxed());
+        for (name, value) in self.head {
+            let value = HeaderValue::from_static(value);
+            response.headers_mut().insert(name, value);
+        }
+        response
+    }
+
+    /// Serves it.
+    async fn serve(self) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let answer = self.clone();
+                let service = service_fn(move |_: http::Request<Incoming>| {
+                    ready(Ok::<_, Infallible>(answer.clone().into_response()))
+                });
+                let server = http2::Builder::new(TokioExecutor::new());
+                // The proxy may close the connection at any time.
+                tokio::spawn(server.serve_connection(TokioIo::new(stream), service));
+            }
+        });
+        address
+    }
+}
+
+fn framed(message: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(message.len()).unwrap().to_be_bytes();
+    [&[0], &length[..], message].concat()
+}
+
+/// A note that says `a`, and one that is none.
+const NOTE: &[u8] = b"\x0a\x01a";
+const MALFORMED: &[u8] = b"\x0a\xff";
+
+#[tokio::test]
+async fn an_answer_that_is_none_counts_as_what_the_client_is_told() {
+    let silent = Answer {
+        trailers: Vec::new(),
+        ..Answer::good(&framed(NOTE))
+    };
+    let page = Answer {
+        head: vec![("content-type", "text/html")],
+        ..Answer::default()
+    };
+    for (answer, grpc, status) in [
+        (Answer::good(&framed(MALFORMED)), 13, 500),
+        (Answer::good(&[0, 0, 0x50, 0, 0]), 14, 503),
+        (Answer::good(&[1, 0, 0, 0, 0]), 14, 503),
+        (
+            Answer::good(&[framed(NOTE), framed(NOTE)].concat()),
+            14,
+            503,
+        ),
+        (Answer::good(&framed(NOTE)[..6]), 13, 500),
+        (Answer::good(&[]), 13, 500),
+        (silent, 2, 500),
+        (page, 2, 500),
+    ] {
+        let proxy = Proxy::start_with(&config(answer.serve().await, ""), define);
+        let reply = ask(&proxy, "GET", "/v1/name", "").await;
+        assert_eq!(
+            (reply.status.as_u16(), &reply.json()["code"]),
+            (status, &json!(grpc))
+        );
+        is_counted(&proxy, grpc, status).await;
+    }
+
+    let late = Answer::good(&[framed(NOTE), framed(MALFORMED)].concat());
+    let proxy = Proxy::start_with(&config(late.serve().await, ""), define);
+    let reply = ask(&proxy, "GET", "/v1/count/2", "").await;
+    let last: Value = serde_json::from_str(reply.text().lines().last().unwrap()).unwrap();
+    assert_eq!(last["error"]["code"], 13, "{last}");
+    is_counted(&proxy, 13, 500).await;
+}
+
+/// Waits until one request has been counted as a failure of the service that ended so.
+async fn is_counted(proxy: &Proxy, grpc: u8, status: u16) {
+    let (grpc, code) = (grpc.to_string(), status.to_string());
+    let counts = [
+        ("serin_requests_total", ("code", &*code)),
+        ("serin_grpc_responses_total", ("grpc_status", &*grpc)),
+        ("serin_request_failures_total", ("version", "1")),
+        (
+            "serin_upstream_errors_total",
+            ("error", "http_protocol_error"),
+        ),
+    ];
+    for (name, label) in counts {
+        eventually(&format!("{name} {label:?}"), || {
+            proxy.metric(name, &[label]) == 1.0
+        })
+        .await;
+    }
 }
 
 #[tokio::test]
