@@ -29,7 +29,10 @@ use super::grpc;
 const LARGEST_MESSAGE: usize = 4 << 20;
 
 /// The largest JSON body where neither route nor listener says otherwise.
-pub const LARGEST_BODY: u64 = 4 << 20;
+///
+/// A message takes many times the memory of its text, so this is no more than Envoy buffers for the
+/// same end.
+pub const LARGEST_BODY: u64 = 1 << 20;
 
 /// What a service is to blame for whose answer makes no sense (RFC 9209 section 2.3).
 const NO_ANSWER: &str = "http_protocol_error";

@@ -5,9 +5,14 @@ use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message;
 use prost_reflect::{
-    DescriptorPool, DeserializeOptions, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor,
-    SerializeOptions,
+    DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, OneofDescriptor,
+    ReflectMessage, SerializeOptions, Value as Reflected,
 };
+use serde::de::IntoDeserializer;
+use serde::de::value::MapDeserializer;
+use serde::{Serialize, Serializer};
+use serde_json::de::SliceRead;
+use serde_json::error::Category;
 use serde_json::{Map, Value, json};
 
 use crate::routing::request::query_pairs;
@@ -37,6 +42,9 @@ struct AnyMessage {
     value: Vec<u8>,
 }
 
+/// JSON that is one field's.
+struct Part<'a, 'de>(&'a mut serde_json::Deserializer<SliceRead<'de>>);
+
 // === impl Call ===
 
 impl Call {
@@ -46,38 +54,54 @@ impl Call {
     ///
     /// What is wrong with the request, for its sender.
     pub fn request(&self, body: &[u8]) -> Result<Bytes, String> {
-        let input = self.binding.rpc.input();
-        let parse = || {
-            serde_json::from_slice(body).map_err(|error| format!("the body is not JSON: {error}"))
-        };
-        let mut message = match &self.binding.body {
-            _ if body.is_empty() => Map::new(),
-            Body::None => Map::new(),
-            Body::Whole => match parse()? {
-                Value::Object(fields) => fields,
-                _ => return Err("the body is not a JSON object".to_owned()),
-            },
-            Body::Field(field) => Map::from_iter([(field.name().to_owned(), parse()?)]),
-        };
-        if !matches!(self.binding.body, Body::Whole) {
-            for (name, value) in query_pairs(self.query.as_deref().unwrap_or_default()) {
-                // What is no field may be meant for whoever decides about the version.
-                if field_at(&input, &name).is_some() {
-                    put(&mut message, &input, &name, &value)?;
-                }
+        let mut message = self.of_body(body)?;
+        for (name, text) in query_pairs(self.query.as_deref().unwrap_or_default()) {
+            if self.is_asked_in_query(&name) {
+                let (owner, field) = reach(&mut message, &name)?;
+                put(owner, &field, &text)?;
             }
         }
         // Last, since the path has decided who is asked.
-        for (field, text) in &self.captures {
-            rename(&mut message, &input, field)?;
-            take(&mut message, field);
-            put(&mut message, &input, field, text)?;
+        for (path, text) in &self.captures {
+            let (owner, field) = reach(&mut message, path)?;
+            owner.clear_field(&field);
+            put(owner, &field, text)?;
         }
-        let options = DeserializeOptions::new();
-        let message =
-            DynamicMessage::deserialize_with_options(input, Value::Object(message), &options)
-                .map_err(|error| error.to_string())?;
         Ok(framed(&message))
+    }
+
+    /// What the body says. It is read straight into the message: with a tree of JSON in between it would
+    /// take up to three times the memory.
+    fn of_body(&self, body: &[u8]) -> Result<DynamicMessage, String> {
+        let input = self.binding.rpc.input();
+        let mut json = serde_json::Deserializer::from_slice(body);
+        let message = match &self.binding.body {
+            _ if body.is_empty() => return Ok(DynamicMessage::new(input)),
+            Body::None => return Ok(DynamicMessage::new(input)),
+            Body::Whole => DynamicMessage::deserialize(input, &mut json),
+            Body::Field(field) => {
+                let fields = std::iter::once((field.json_name(), Part(&mut json)));
+                DynamicMessage::deserialize(input, MapDeserializer::new(fields))
+            }
+        };
+        message
+            .and_then(|message| json.end().map(|()| message))
+            .map_err(|error| self.fault(body, &error))
+    }
+
+    fn fault(&self, body: &[u8], error: &serde_json::Error) -> String {
+        let is_object = body.trim_ascii_start().starts_with(b"{");
+        match (error.classify(), &self.binding.body) {
+            (Category::Data, Body::Whole) if !is_object => "the body is not a JSON object".into(),
+            (Category::Data, _) => error.to_string(),
+            _ => format!("the body is not JSON: {error}"),
+        }
+    }
+
+    /// What is no field may be meant for whoever decides about the version.
+    fn is_asked_in_query(&self, path: &str) -> bool {
+        let is_whole = matches!(self.binding.body, Body::Whole);
+        !is_whole && field_at(&self.binding.rpc.input(), path).is_some()
     }
 
     /// The JSON of a message that the service has answered with.
@@ -88,12 +112,29 @@ impl Call {
     pub fn response(&self, message: Bytes) -> Result<Vec<u8>, String> {
         let output = self.binding.rpc.output();
         let message = DynamicMessage::decode(output, message).map_err(|error| error.to_string())?;
-        let mut json = to_json(&message)?;
-        if let Some(field) = &self.binding.response {
-            let part = json.get_mut(field.json_name()).map(Value::take);
-            json = part.unwrap_or_else(|| empty(field));
+        let mut text = Vec::new();
+        let mut json = serde_json::Serializer::new(&mut text);
+        match &self.binding.response {
+            None => serialize(&message, &mut json)?,
+            Some(field) => {
+                let mut whole = serialize(&message, serde_json::value::Serializer)?;
+                let part = whole.get_mut(field.json_name()).map(Value::take);
+                let part = part.unwrap_or_else(|| empty(field));
+                part.serialize(&mut json)
+                    .map_err(|error| error.to_string())?;
+            }
         }
-        serde_json::to_vec(&json).map_err(|error| error.to_string())
+        Ok(text)
+    }
+}
+
+// === impl Part ===
+
+impl<'a, 'de> IntoDeserializer<'de, serde_json::Error> for Part<'a, 'de> {
+    type Deserializer = &'a mut serde_json::Deserializer<SliceRead<'de>>;
+
+    fn into_deserializer(self) -> Self::Deserializer {
+        self.0
     }
 }
 
@@ -116,7 +157,7 @@ fn detail(pool: &DescriptorPool, any: &AnyMessage) -> Value {
     let name = any.type_url.rsplit('/').next().unwrap_or_default();
     let known = pool.get_message_by_name(name).and_then(|kind| {
         let message = DynamicMessage::decode(kind, &*any.value).ok()?;
-        to_json(&message).ok()
+        serialize(&message, serde_json::value::Serializer).ok()
     });
     match known {
         Some(Value::Object(fields)) => {
@@ -128,10 +169,10 @@ fn detail(pool: &DescriptorPool, any: &AnyMessage) -> Value {
     }
 }
 
-fn to_json(message: &DynamicMessage) -> Result<Value, String> {
+fn serialize<S: Serializer>(message: &DynamicMessage, serializer: S) -> Result<S::Ok, String> {
     let options = SerializeOptions::new().skip_default_fields(false);
     message
-        .serialize_with_options(serde_json::value::Serializer, &options)
+        .serialize_with_options(serializer, &options)
         .map_err(|error| error.to_string())
 }
 
@@ -152,7 +193,9 @@ fn framed(message: &DynamicMessage) -> Bytes {
     let mut bytes = BytesMut::with_capacity(PREFIX + length);
     bytes.put_u8(0);
     bytes.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
-    bytes.extend_from_slice(&message.encode_to_vec());
+    message
+        .encode(&mut bytes)
+        .expect("there is always room in what grows");
     bytes.freeze()
 }
 
@@ -177,85 +220,68 @@ fn first_step(path: &str) -> (&str, Option<&str>) {
         .map_or((path, None), |(first, rest)| (first, Some(rest)))
 }
 
-/// Gives a field of a message what a text says; a field that may be repeated gets one more.
-fn put(
-    object: &mut Map<String, Value>,
-    message: &MessageDescriptor,
+/// The field at a path, with the message that it is in; those on the way there come to be.
+fn reach<'m>(
+    message: &'m mut DynamicMessage,
     path: &str,
-    text: &str,
-) -> Result<(), String> {
+) -> Result<(&'m mut DynamicMessage, FieldDescriptor), String> {
     let (first, rest) = first_step(path);
-    let field = field_at(message, first).ok_or_else(|| format!("there is no field `{path}`"))?;
-    let name = field.name().to_owned();
-    if let (Some(rest), Kind::Message(inner)) = (rest, field.kind()) {
-        let object = object
-            .entry(name)
-            .or_insert_with(|| Value::Object(Map::new()));
-        let object = object
-            .as_object_mut()
-            .ok_or_else(|| format!("`{first}` is no object"))?;
-        return put(object, &inner, rest, text);
+    let no_field = || format!("there is no field `{path}`");
+    let field = field_at(&message.descriptor(), first).ok_or_else(no_field)?;
+    refuse_second_choice(message, &field)?;
+    let Some(rest) = rest else {
+        return Ok((message, field));
+    };
+    let inner = message.get_field_mut(&field).as_message_mut();
+    reach(inner.ok_or_else(no_field)?, rest)
+}
+
+/// Setting a field of a oneof takes the others away, which somebody has asked for.
+fn refuse_second_choice(message: &DynamicMessage, field: &FieldDescriptor) -> Result<(), String> {
+    let choice = field.containing_oneof();
+    let mut others = choice.iter().flat_map(OneofDescriptor::fields);
+    match others.find(|other| other != field && message.has_field(other)) {
+        Some(other) => Err(format!(
+            "only one of `{}` and `{}` can be",
+            other.name(),
+            field.name()
+        )),
+        None => Ok(()),
     }
+}
+
+/// Gives a field of a message what a text says; a field that may be repeated gets one more.
+fn put(message: &mut DynamicMessage, field: &FieldDescriptor, text: &str) -> Result<(), String> {
     let value = scalar(&field.kind(), text);
-    if field.is_list() {
-        let list = object
-            .entry(name)
-            .or_insert_with(|| Value::Array(Vec::new()));
-        if let Some(list) = list.as_array_mut() {
-            list.push(value);
-        }
+    let value = if field.is_list() {
+        json!([value])
     } else {
-        object.insert(name, value);
+        value
+    };
+    let alone = json!({ field.json_name(): value });
+    let mut alone = DynamicMessage::deserialize(message.descriptor(), alone)
+        .map_err(|error| format!("`{}`: {error}", field.name()))?;
+    match alone.take_field(field) {
+        Some(Reflected::List(more)) => {
+            if let Some(list) = message.get_field_mut(field).as_list_mut() {
+                list.extend(more);
+            }
+        }
+        Some(value) => message.set_field(field, value),
+        // It says what is so without it.
+        None => message.clear_field(field),
     }
     Ok(())
 }
 
-/// Gives the fields on a path the names of the definition: JSON may call them otherwise, and who says
-/// one field twice could mean another than the path did.
-fn rename(
-    object: &mut Map<String, Value>,
-    message: &MessageDescriptor,
-    path: &str,
-) -> Result<(), String> {
-    let (first, rest) = first_step(path);
-    let Some(field) = field_at(message, first) else {
-        return Ok(());
-    };
-    if field.name() != field.json_name()
-        && let Some(value) = object.remove(field.json_name())
-        && object.insert(field.name().to_owned(), value).is_some()
-    {
-        return Err(format!("`{}` is there twice", field.name()));
-    }
-    match (rest, field.kind(), object.get_mut(field.name())) {
-        (Some(rest), Kind::Message(inner), Some(Value::Object(object))) => {
-            rename(object, &inner, rest)
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Takes a field away, whatever it is called.
-fn take(object: &mut Map<String, Value>, path: &str) {
-    match first_step(path) {
-        (first, Some(rest)) => {
-            if let Some(inner) = object.get_mut(first).and_then(Value::as_object_mut) {
-                take(inner, rest);
-            }
-        }
-        (name, None) => drop(object.remove(name)),
-    }
-}
-
 /// What JSON has for a text; numbers may be texts in it, but `true` may not.
 fn scalar(kind: &Kind, text: &str) -> Value {
-    let wrapped = match kind {
+    let is_bool = match kind {
         Kind::Message(message) => message.full_name() == "google.protobuf.BoolValue",
         kind => *kind == Kind::Bool,
     };
-    match (wrapped, text) {
-        (true, "true") => Value::Bool(true),
-        (true, "false") => Value::Bool(false),
-        _ => Value::String(text.to_owned()),
+    match text {
+        "true" | "false" if is_bool => Value::Bool(text == "true"),
+        text => text.into(),
     }
 }
