@@ -131,13 +131,17 @@ impl Transcoder {
         Ok((Self { bindings, pool }, skipped))
     }
 
-    /// The method that a request means.
+    /// The method that a request means. HEAD is GET whose reply has no body, unless the definition says
+    /// otherwise.
     pub fn find(&self, method: &Method, path: &str, query: Option<&str>) -> Option<Call> {
         let parts: Vec<&str> = path.strip_prefix('/')?.split('/').collect();
-        let candidates = self.bindings.get(method)?.iter();
-        let (binding, captures) = candidates
-            .filter_map(|binding| Some((binding, binding.template.captures(&parts)?)))
-            .next()?;
+        let as_get = (*method == Method::HEAD).then_some(&Method::GET);
+        let (binding, captures) = [method]
+            .into_iter()
+            .chain(as_get)
+            .filter_map(|method| self.bindings.get(method))
+            .flatten()
+            .find_map(|binding| Some((binding, binding.template.captures(&parts)?)))?;
         Some(Call {
             binding: Arc::clone(binding),
             captures,

@@ -11,7 +11,8 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::header::{
-    ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, TE, TRAILER,
+    ACCEPT_ENCODING, ACCEPT_RANGES, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE,
+    ETAG, HeaderMap, HeaderName, HeaderValue, TE, TRAILER,
 };
 use http::request::Parts;
 use http::{Method, Response, StatusCode, Uri};
@@ -48,6 +49,20 @@ const OF_GRPC: [HeaderName; 5] = [
     DETAILS,
 ];
 
+/// What says something of the bytes that the service sent, and is not true of their JSON.
+const OF_BYTES: [HeaderName; 10] = [
+    CONTENT_LENGTH,
+    CONTENT_ENCODING,
+    CONTENT_RANGE,
+    ACCEPT_RANGES,
+    ETAG,
+    TRAILER,
+    HeaderName::from_static("content-md5"),
+    HeaderName::from_static("digest"),
+    HeaderName::from_static("content-digest"),
+    HeaderName::from_static("repr-digest"),
+];
+
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const JSON_LINES: HeaderValue = HeaderValue::from_static("application/x-ndjson");
 
@@ -58,6 +73,8 @@ pub struct Translation(Rc<Translated>);
 #[derive(Debug)]
 struct Translated {
     call: Call,
+    /// The client knows the length of the body from the head, and is sent none.
+    is_head: bool,
     /// What is wrong with the request, for its sender.
     fault: RefCell<Option<String>>,
     /// What a reply of our own would have as its status without gRPC, which knows fewer of them.
@@ -119,6 +136,7 @@ pub struct JsonLines {
 impl Translation {
     /// A request that means this call; its head becomes that of a call of gRPC.
     pub fn new(call: Call, parts: &mut Parts) -> Self {
+        let is_head = parts.method == Method::HEAD;
         parts.method = Method::POST;
         if let Ok(uri) = Uri::try_from(call.binding.path.as_str()) {
             parts.uri = uri;
@@ -130,6 +148,7 @@ impl Translation {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         Self(Rc::new(Translated {
             call,
+            is_head,
             fault: RefCell::default(),
             replied: Cell::default(),
         }))
@@ -156,6 +175,7 @@ impl Translation {
     /// Turns the response of a call into what the client understands. Waits for the first message,
     /// since until then it may turn out to be an error.
     pub async fn translate(self, response: Response<ReplyBody>) -> Response<ReplyBody> {
+        let is_head = self.0.is_head;
         let (mut parts, body) = response.into_parts();
         let end = grpc::Status::of(&parts.headers).map(|_| parts.headers.clone());
         // What the service says in HTTP is no answer to a call.
@@ -166,7 +186,7 @@ impl Translation {
             end,
         };
         let headers = &mut parts.headers;
-        for name in OF_GRPC.iter().chain(&[CONTENT_LENGTH, TRAILER]) {
+        for name in OF_GRPC.iter().chain(&OF_BYTES) {
             headers.remove(name);
         }
         let beginning = if is_call {
@@ -190,6 +210,11 @@ impl Translation {
         };
         headers.insert(CONTENT_TYPE, kind);
         parts.status = status;
+        let body = if is_head {
+            without(body, headers)
+        } else {
+            body
+        };
         Response::from_parts(parts, body)
     }
 
@@ -278,6 +303,14 @@ impl Failure {
 
 fn is_ok(end: &HeaderMap) -> bool {
     grpc::Status::of(end).is_some_and(grpc::Status::is_ok)
+}
+
+/// The reply to HEAD: the length of a body, and none. hyper leaves the body out in HTTP/1 alone.
+fn without(body: ReplyBody, headers: &mut HeaderMap) -> ReplyBody {
+    if let Some(length) = body.size_hint().exact() {
+        headers.insert(CONTENT_LENGTH, length.into());
+    }
+    ReplyBody::empty()
 }
 
 fn line(mut json: Vec<u8>) -> Bytes {

@@ -63,6 +63,8 @@ impl Call {
         }
         // Last, since the path has decided who is asked.
         for (path, text) in &self.captures {
+            let text = std::str::from_utf8(text)
+                .map_err(|_| format!("the path has no UTF-8 for `{path}`"))?;
             let (owner, field) = reach(&mut message, path)?;
             owner.clear_field(&field);
             put(owner, &field, text)?;
@@ -98,10 +100,17 @@ impl Call {
         }
     }
 
-    /// What is no field may be meant for whoever decides about the version.
+    /// What is no field may be meant for whoever decides about the version, and the body's field is
+    /// what the body says alone.
     fn is_asked_in_query(&self, path: &str) -> bool {
-        let is_whole = matches!(self.binding.body, Body::Whole);
-        !is_whole && field_at(&self.binding.rpc.input(), path).is_some()
+        let input = self.binding.rpc.input();
+        let (first, _) = first_step(path);
+        field_at(&input, path).is_some()
+            && match &self.binding.body {
+                Body::None => true,
+                Body::Whole => false,
+                Body::Field(field) => field_at(&input, first).as_ref() != Some(field),
+            }
     }
 
     /// The JSON of a message that the service has answered with.
@@ -274,14 +283,17 @@ fn put(message: &mut DynamicMessage, field: &FieldDescriptor, text: &str) -> Res
     Ok(())
 }
 
-/// What JSON has for a text; numbers may be texts in it, but `true` may not.
+/// What JSON has for a text; numbers may be texts in it, but `true` and the number of an enum may not.
 fn scalar(kind: &Kind, text: &str) -> Value {
     let is_bool = match kind {
         Kind::Message(message) => message.full_name() == "google.protobuf.BoolValue",
         kind => *kind == Kind::Bool,
     };
-    match text {
-        "true" | "false" if is_bool => Value::Bool(text == "true"),
-        text => text.into(),
+    match (kind, text) {
+        (_, "true" | "false") if is_bool => Value::Bool(text == "true"),
+        (Kind::Enum(_), text) => text
+            .parse::<i32>()
+            .map_or_else(|_| text.into(), Value::from),
+        _ => text.into(),
     }
 }

@@ -11,8 +11,9 @@ use std::ops::Range;
 
 use percent_encoding::percent_decode_str;
 
-/// What a path template captured: fields by their path in the message, with their text.
-pub type Captures = Vec<(String, String)>;
+/// What a path template captured: fields by their path in the message, with their text. It is bytes,
+/// since escapes may make anything of it, and that is for whoever fills the message to refuse.
+pub type Captures = Vec<(String, Vec<u8>)>;
 
 /// A path template.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -154,14 +155,23 @@ impl Template {
         let capture = |variable: &Variable| {
             let Range { start, end } = variable.segments;
             let goes_on = takes_rest && end == self.segments.len();
+            let is_one = end - start == 1 && !goes_on;
             let end = if goes_on { parts.len() } else { end };
             let taken: Vec<&str> = pieces().take(end).skip(start).collect();
-            let text = taken.join("/");
-            let text = percent_decode_str(&text).decode_utf8().ok()?.into_owned();
-            Some((variable.field.clone(), text))
+            (variable.field.clone(), unescaped(&taken.join("/"), is_one))
         };
-        self.variables.iter().map(capture).collect()
+        Some(self.variables.iter().map(capture).collect())
     }
+}
+
+/// Undoes the escapes of what a variable took. One that may take several segments keeps `%2F`: it
+/// would become one of the slashes between them (google/api/http.proto).
+fn unescaped(text: &str, is_one: bool) -> Vec<u8> {
+    if is_one {
+        return percent_decode_str(text).collect();
+    }
+    let kept = text.replace("%2F", "%252F").replace("%2f", "%252f");
+    percent_decode_str(&kept).collect()
 }
 
 #[cfg(test)]
@@ -176,7 +186,7 @@ mod tests {
     }
 
     fn pairs(pairs: &[(&str, &str)]) -> Option<Captures> {
-        let owned = |(field, text): &(&str, &str)| ((*field).to_owned(), (*text).to_owned());
+        let owned = |(field, text): &(&str, &str)| ((*field).to_owned(), (*text).into());
         Some(pairs.iter().map(owned).collect())
     }
 
@@ -210,6 +220,16 @@ mod tests {
                 pairs(&[("path", "a/b/c")]),
             ),
             ("/v1/files/{path=**}", "/v1/files", pairs(&[("path", "")])),
+            (
+                "/v1/files/{path=**}",
+                "/v1/files/a%20b%2Fc%2fd%252F",
+                pairs(&[("path", "a b%2Fc%2fd%2F")]),
+            ),
+            (
+                "/v1/{name=shelves/*}",
+                "/v1/shelves/a%20b%2Fc",
+                pairs(&[("name", "shelves/a b%2Fc")]),
+            ),
             (
                 "/v1/{name=**}:verb",
                 "/v1/a/b:verb",

@@ -113,7 +113,7 @@ async fn path_query_and_body_become_the_message() {
         ),
         (
             "PATCH",
-            "/v1/notes/9/author?text=by",
+            "/v1/notes/9/author?text=by&author.name=Eve&author.penName=eve",
             r#"{"name": "Ann", "age": 30}"#,
             json!({ "text": "by", "number": 9, "author": { "name": "Ann", "age": 30, "penName": "" } }),
         ),
@@ -123,6 +123,19 @@ async fn path_query_and_body_become_the_message() {
             "",
             json!({ "text": "a/b c", "number": 3, "tags": ["x", "y"], "author": { "name": "A&B", "age": 0, "penName": "" }, "isRead": true,
                     "largeNumber": "-5", "kind": "KIND_DRAFT" }),
+        ),
+        (
+            "GET",
+            "/v1/echo/?kind=1",
+            "",
+            json!({ "kind": "KIND_DRAFT" }),
+        ),
+        ("GET", "/v1/kinds/1", "", json!({ "kind": "KIND_DRAFT" })),
+        (
+            "GET",
+            "/v1/kinds/KIND_DRAFT",
+            "",
+            json!({ "kind": "KIND_DRAFT" }),
         ),
         ("REPORT", "/v1/notes/4:report", "", json!({ "number": 4 })),
     ] {
@@ -154,6 +167,47 @@ async fn path_query_and_body_become_the_message() {
 }
 
 #[tokio::test]
+async fn a_variable_of_several_segments_keeps_escaped_slashes() {
+    let service = Service::start("one").await;
+    let config = config(service.address, "    escapedSlashes: keep\n");
+    let proxy = Proxy::start_with(&config, define);
+    for (path, text) in [
+        ("/v1/echo/a%2Fb/c%20d", "a%2Fb/c d"),
+        ("/v1/echo/a%2fb", "a%2Fb"),
+        ("/v1/texts/a%2Fb", "a/b"),
+    ] {
+        assert_eq!(ask(&proxy, "GET", path, "").await.json()["text"], text);
+    }
+}
+
+#[tokio::test]
+async fn head_is_get_without_a_body() {
+    let (proxy, _service) = start().await;
+    let whole = ask(&proxy, "GET", "/v1/name", "").await;
+    let length = whole.text().len().to_string();
+    let mut clients = [
+        Client::connect(proxy.address()).await,
+        Client::h2c(proxy.address()).await,
+    ];
+    for client in &mut clients {
+        for (path, status) in [
+            ("/v1/name", StatusCode::OK),
+            ("/v1/fail/5/why", StatusCode::NOT_FOUND),
+            ("/v1/count/0", StatusCode::OK),
+        ] {
+            let reply = client.send(Method::HEAD, path, &[], String::new()).await;
+            let reply = reply.unwrap();
+            assert_eq!((reply.status, reply.text()), (status, ""), "{path}");
+            if path == "/v1/name" {
+                assert_eq!(reply.header("content-length"), Some(&*length));
+            }
+        }
+    }
+    let reply = ask(&proxy, "HEAD", "/v1/notes", "").await;
+    assert_eq!(reply.status, StatusCode::NOT_FOUND, "that is no GET");
+}
+
+#[tokio::test]
 async fn what_makes_no_message_is_refused_with_the_reason() {
     let (proxy, service) = start().await;
     for (method, path, body, reason) in [
@@ -169,6 +223,7 @@ async fn what_makes_no_message_is_refused_with_the_reason() {
         ("GET", "/v1/echo/a?number=many", "", ""),
         ("GET", "/v1/echo/a?is_read=perhaps", "", ""),
         ("GET", "/v1/echo/a?kind=KIND_OTHER", "", "KIND_OTHER"),
+        ("GET", "/v1/echo/%FF", "", "UTF-8"),
         ("GET", "/v1/choices?text=a&number=1", "", "only one"),
         ("PUT", "/v1/choices/1", r#"{"text": "a"}"#, "only one"),
         (
@@ -526,6 +581,21 @@ async fn is_counted(proxy: &Proxy, grpc: u8, status: u16) {
         })
         .await;
     }
+}
+
+#[tokio::test]
+async fn what_is_true_of_the_services_bytes_is_not_said_of_json() {
+    let mut answer = Answer::good(&framed(NOTE));
+    answer.head.extend([
+        ("content-encoding", "gzip"),
+        ("etag", "\"1\""),
+        ("x-seen", "yes"),
+    ]);
+    let proxy = Proxy::start_with(&config(answer.serve().await, ""), define);
+    let reply = ask(&proxy, "GET", "/v1/name/text-only", "").await;
+    assert_eq!(reply.json(), "a");
+    let fields = ["content-encoding", "etag", "x-seen"].map(|name| reply.header(name));
+    assert_eq!(fields, [None, None, Some("yes")]);
 }
 
 #[tokio::test]
