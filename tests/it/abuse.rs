@@ -500,21 +500,18 @@ async fn cookies_beyond_the_limits_are_refused_and_none_is_acted_upon_over_http_
     assert_eq!(decisions(&proxy, "override"), 1.0);
 }
 
-/// As over HTTP/1, where each cookie may have a field of its own (RFC 9113 section 8.2.3).
+/// As over HTTP/1; but as each cookie may have a field of its own (RFC 9113 section 8.2.3), only how
+/// large they are is limited, and not how many.
 #[tokio::test]
 async fn cookies_beyond_the_limits_are_refused_and_none_is_acted_upon_over_http_2() {
     let (proxy, upstream) = start_gray().await;
     let large = "a=".to_owned() + &"x".repeat(3000);
     let own = [("cookie", "uid=ann"), ("cookie", "canary=2")];
-    for cookies in [
-        vec![("cookie", "a=1"); 100],
-        vec![("cookie", large.as_str()); 12],
-    ] {
-        let mut client = Client::h2c(proxy.address()).await;
-        let reply = client.get("/head", &[&own[..], &cookies].concat()).await;
-        assert_eq!(reply.status.as_u16(), 431);
-        assert_eq!(reply.header("set-cookie"), None);
-    }
+    let cookies = vec![("cookie", large.as_str()); 12];
+    let mut client = Client::h2c(proxy.address()).await;
+    let reply = client.get("/head", &[&own[..], &cookies].concat()).await;
+    assert_eq!(reply.status.as_u16(), 431);
+    assert_eq!(reply.header("set-cookie"), None);
     nothing_was_decided(&proxy, &upstream);
     let mut client = Client::h2c(proxy.address()).await;
     let most = vec![("cookie", "a=1"); 90];
