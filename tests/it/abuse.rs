@@ -218,7 +218,7 @@ async fn empty_data_flood() {
 #[tokio::test]
 async fn slow_heads() {
     let (proxy, upstream) =
-        start(", timeouts: { firstByte: 300ms, requestHead: 400ms, idle: 600ms }").await;
+        start(", timeouts: { firstByte: 300ms, requestHead: 400ms, idle: 60s }").await;
     let mut silent = Raw::connect(proxy.address()).await;
     let mut slow = Raw::connect(proxy.address()).await;
     let begun = Instant::now();
@@ -246,7 +246,15 @@ async fn slow_heads() {
 /// A body that stops.
 #[tokio::test]
 async fn slow_bodies() {
-    let (proxy, _upstream) = start(", timeouts: { requestBody: 300ms, idle: 600ms }").await;
+    let upstream = Upstream::start("one").await;
+    // Without the limit for the response, which would end it as well.
+    let proxy = Proxy::start(&format!(
+        "listenerDefaults: {{ timeouts: {{ requestBody: 300ms, idle: 600ms }} }}\n{}",
+        single(
+            upstream.address,
+            "    timeouts: { backendRequest: 0s, tunnelIdle: 0s }\n"
+        )
+    ));
     let mut slow = Raw::connect(proxy.address()).await;
     slow.send("POST /sink HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\nhalf")
         .await;
