@@ -74,6 +74,15 @@ struct Admitted<'p> {
     wish: Option<Wish>,
 }
 
+/// Where a request goes.
+struct Decided<'s> {
+    route: &'s Arc<Route>,
+    /// How many bytes of its path the match has taken.
+    matched: usize,
+    target: &'s RouteTarget,
+    verdict: Verdict,
+}
+
 /// A request that is ready to go to its endpoint.
 struct Routed<'s> {
     request: Request<RequestBody>,
@@ -206,38 +215,27 @@ impl Proxy {
         request: Request<Incoming>,
     ) -> Result<Routed<'s>, Instead> {
         let (mut parts, body) = request.into_parts();
-        let is_http2 = parts.version == Version::HTTP_2;
+        let lingers = parts.version == Version::HTTP_2;
+        // Where it is answered here.
         let body = guard(body, |body| {
-            // It is answered here.
-            if is_http2 {
+            if lingers {
                 body::linger(body);
             }
         });
+        let admitted = self.admit(snapshot, peer, exchange, &mut parts, &body)?;
+        let Decided {
+            route,
+            matched,
+            target,
+            verdict,
+        } = self.decide(snapshot, &admitted, exchange, &parts)?;
         let Admitted {
             origin,
             survey,
             is_call,
-            has_escaped_slash,
             wish,
-        } = self.admit(snapshot, peer, exchange, &mut parts, &body)?;
-        let host = origin::host(&parts, survey)?;
-        let head = origin::head(&parts, &host, origin.client);
-
-        let (route, matched) = snapshot.find(&head).ok_or(ProxyError::NoRoute)?;
-        if has_escaped_slash && !route.keeps_escaped_slashes {
-            return Err(ProxyError::BadRequest("the path has an escaped slash").into());
-        }
-        if let Some(response) = route.answer(&parts, &host, matched, &origin) {
-            exchange.answered_by_route(route, response.status());
-            return Err(Instead::Response(Box::new(response)));
-        }
-        let refusal = || ProxyError::TransferCoding;
-        headers::refuse_transfer_coding(&parts.headers, survey, refusal)?;
-        headers::refuse_ambiguous(&parts.headers, survey, &route.guarded_headers)?;
-        let decision = route.decide(&head, origin.trusted, &mut || self.roll());
-        let target = &route.targets[decision.target];
-        exchange.decided(route, &decision);
-        let verdict = Verdict::new(&decision, route, &origin, &parts.headers, snapshot);
+            ..
+        } = admitted;
 
         let backend = &target.backend;
         let call = route.call(&parts, is_call)?;
@@ -378,6 +376,38 @@ impl Proxy {
                 // Boxed, since few responses are translated.
                 Some(translation) => Box::pin(translation.translate(response)).await,
             }
+        })
+    }
+
+    /// Decides where an admitted request goes, unless its route answers it itself.
+    fn decide<'s>(
+        &self,
+        snapshot: &'s Snapshot,
+        admitted: &Admitted<'_>,
+        exchange: &mut Exchange,
+        parts: &Parts,
+    ) -> Result<Decided<'s>, Instead> {
+        let Admitted { origin, survey, .. } = admitted;
+        let host = origin::host(parts, *survey)?;
+        let head = origin::head(parts, &host, origin.client);
+        let (route, matched) = snapshot.find(&head).ok_or(ProxyError::NoRoute)?;
+        if admitted.has_escaped_slash && !route.keeps_escaped_slashes {
+            return Err(ProxyError::BadRequest("the path has an escaped slash").into());
+        }
+        if let Some(response) = route.answer(parts, &host, matched, origin) {
+            exchange.answered_by_route(route, response.status());
+            return Err(Instead::Response(Box::new(response)));
+        }
+        let refusal = || ProxyError::TransferCoding;
+        headers::refuse_transfer_coding(&parts.headers, *survey, refusal)?;
+        headers::refuse_ambiguous(&parts.headers, *survey, &route.guarded_headers)?;
+        let decision = route.decide(&head, origin.trusted, &mut || self.roll());
+        exchange.decided(route, &decision);
+        Ok(Decided {
+            route,
+            matched,
+            target: &route.targets[decision.target],
+            verdict: Verdict::new(&decision, route, origin, &parts.headers, snapshot),
         })
     }
 
