@@ -20,7 +20,6 @@ use super::Verdict;
 use super::error::ProxyError;
 use super::origin::{Origin, X_FORWARDED_FOR, with_path};
 
-const X_FORWARDED: &str = "x-forwarded-";
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_SERVICE_VERSION: HeaderName = HeaderName::from_static("x-service-version");
@@ -37,16 +36,6 @@ const HOP_BY_HOP: [HeaderName; 7] = [
     TE,
     TRANSFER_ENCODING,
     UPGRADE,
-];
-
-/// Fields that only a trusted proxy may have written, beside everything else that begins with
-/// `X-Forwarded-`.
-const FORWARDING: [HeaderName; 5] = [
-    X_FORWARDED_FOR,
-    X_FORWARDED_HOST,
-    X_FORWARDED_PROTO,
-    HeaderName::from_static("x-real-ip"),
-    HeaderName::from_static("forwarded"),
 ];
 
 /// What a header section has that needs care, found in one pass over its names.
@@ -115,11 +104,10 @@ impl Survey {
             "via" => Self::VIA,
             "cookie" => Self::COOKIE,
             "content-type" => Self::CONTENT_TYPE,
-            "forwarded" | "x-real-ip" => Self::FORWARDING,
             "expect" => Self::EXPECT,
             "x-service-version" | "x-serin-decision" => Self::OURS,
             name if name.contains('_') => Self::AMBIGUOUS,
-            name if name.starts_with(X_FORWARDED) => Self::FORWARDING,
+            name if is_forwarding(name) => Self::FORWARDING,
             _ => 0,
         }
     }
@@ -418,11 +406,12 @@ fn may_not_be_nominated(name: &HeaderName) -> bool {
         || *name == CONTENT_LENGTH
         || *name == AUTHORIZATION
         || *name == VIA
-        || is_forwarding(name)
+        || is_forwarding(name.as_str())
 }
 
-fn is_forwarding(name: &HeaderName) -> bool {
-    name.as_str().starts_with(X_FORWARDED) || FORWARDING.contains(name)
+/// True for fields that only a trusted proxy may have written.
+fn is_forwarding(name: &str) -> bool {
+    matches!(name, "forwarded" | "x-real-ip") || name.starts_with("x-forwarded-")
 }
 
 /// What may not come in the head from anybody may not come behind the body either.
@@ -485,7 +474,7 @@ fn forward(
         return;
     }
     if survey.has(Survey::FORWARDING) {
-        remove_all(headers, is_forwarding);
+        remove_all(headers, |name| is_forwarding(name.as_str()));
     }
     headers.insert(X_FORWARDED_FOR, origin.peer.forwarded.clone());
     headers.insert(X_FORWARDED_PROTO, proto);
@@ -530,10 +519,18 @@ mod tests {
 
     #[test]
     fn a_survey_knows_every_name_that_is_removed() {
+        let forwarding = [
+            X_FORWARDED_FOR,
+            X_FORWARDED_HOST,
+            X_FORWARDED_PROTO,
+            HeaderName::from_static("x-forwarded-port"),
+            HeaderName::from_static("x-real-ip"),
+            HeaderName::from_static("forwarded"),
+        ];
         let mut headers = HeaderMap::new();
         for (names, care) in [
             (&HOP_BY_HOP[..], Survey::HOP_BY_HOP),
-            (&FORWARDING, Survey::FORWARDING),
+            (&forwarding, Survey::FORWARDING),
             (&[X_SERVICE_VERSION, X_SERIN_DECISION], Survey::OURS),
             (&[EXPECT], Survey::EXPECT),
             (&[TE], Survey::TE),
