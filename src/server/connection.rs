@@ -50,14 +50,6 @@ const LAST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 /// How long a client has to take leave of a connection that rests.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// How watching a connection ends.
-enum Parting {
-    /// It has ended, or its client has gone too far.
-    Over(hyper::Result<()>),
-    /// It should end as soon as nothing is under way: its client rests, or the process drains.
-    Due,
-}
-
 /// hyper's own limit, for which it needs no memory besides the stack.
 const HEADER_FIELDS_OF_HYPER: usize = 100;
 
@@ -81,6 +73,14 @@ struct Ready {
     stream: Stream,
     spoken: Spoken,
     timeout: Timeout,
+}
+
+/// How watching a connection ends.
+enum Parting {
+    /// It has ended, or its client has gone too far.
+    Over(hyper::Result<()>),
+    /// It should end as soon as nothing is under way: its client rests, or the process drains.
+    Due,
 }
 
 /// Serves a connection to its end.
@@ -246,8 +246,7 @@ async fn serve_http1(
         Parting::Due => {
             // Closes an idle connection now, and another one after its response.
             connection.as_mut().graceful_shutdown();
-            conduct.rest_for(FAREWELL);
-            until_outlasted(connection, &conduct, || false).await.end()
+            take_leave(connection, &conduct, || false).await
         }
     }
 }
@@ -292,10 +291,7 @@ async fn serve_http2(
         Parting::Due => {
             // Says which streams are the last ones (GOAWAY), and serves those to their end.
             connection.as_mut().graceful_shutdown();
-            conduct.rest_for(FAREWELL);
-            until_outlasted(connection, &conduct, has_tunnels)
-                .await
-                .end()
+            take_leave(connection, &conduct, has_tunnels).await
         }
     }
 }
@@ -350,13 +346,16 @@ async fn until_drained<C: Future<Output = hyper::Result<()>>>(
     .await
 }
 
-impl Parting {
-    /// What has become of a connection that was to end.
-    fn end(self) -> hyper::Result<()> {
-        match self {
-            Self::Over(ended) => ended,
-            Self::Due => Ok(()),
-        }
+/// Serves a connection that is to end, until its client has had the time to hear of it.
+async fn take_leave<C: Future<Output = hyper::Result<()>>>(
+    connection: Pin<&mut C>,
+    conduct: &Conduct,
+    is_used: impl Fn() -> bool,
+) -> hyper::Result<()> {
+    conduct.rest_for(FAREWELL);
+    match until_outlasted(connection, conduct, is_used).await {
+        Parting::Over(ended) => ended,
+        Parting::Due => Ok(()),
     }
 }
 
