@@ -319,10 +319,7 @@ impl Checker<'_> {
             return None;
         }
         parse(condition)
-            .map_err(|misfit| {
-                let hint = misfit.hint.map(str::to_owned);
-                self.error(&at.key(misfit.key), misfit.reason, hint);
-            })
+            .map_err(|misfit| self.error(&at.key(misfit.key), misfit.reason, misfit.hint))
             .ok()
     }
 

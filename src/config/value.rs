@@ -253,7 +253,7 @@ pub struct Misfit {
     /// What is wrong, a whole sentence.
     pub reason: String,
     /// What to do about it, where that is not plain.
-    pub hint: Option<&'static str>,
+    pub hint: Option<String>,
 }
 
 /// Why a text is no path.
@@ -262,7 +262,7 @@ pub struct PathMisfit {
     /// What is wrong.
     pub reason: String,
     /// What to do about it, where that is not plain.
-    pub hint: Option<&'static str>,
+    pub hint: Option<String>,
 }
 
 /// Parses a condition on a header, cookie or query parameter.
@@ -389,7 +389,7 @@ pub fn path(text: &str) -> Result<String, PathMisfit> {
         Err(unfit) => {
             let (part, hint) = unfit_part(unfit);
             let reason = format!("has {part}, with which no request is taken or sent on");
-            Err(misfit(&reason, Some(hint)))
+            Err(misfit(&reason, Some(hint.to_owned())))
         }
     }
 }

@@ -223,10 +223,7 @@ impl Checker<'_> {
 
     fn replacement(&mut self, text: &str, at: &Path) -> Option<String> {
         value::path(text)
-            .map_err(|misfit| {
-                let hint = misfit.hint.map(str::to_owned);
-                self.error(at, format!("`{text}` {}", misfit.reason), hint);
-            })
+            .map_err(|misfit| self.error(at, format!("`{text}` {}", misfit.reason), misfit.hint))
             .ok()
     }
 
