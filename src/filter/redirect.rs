@@ -140,6 +140,7 @@ mod tests {
             assert_eq!(response.status(), StatusCode::FOUND);
         }
     }
+
     #[test]
     fn without_a_host_there_is_nowhere_to_go() {
         let asked = Asked { host: "", ..ASKED };
