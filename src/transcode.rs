@@ -173,9 +173,14 @@ impl Binding {
     fn new(rpc: &MethodDescriptor, rule: &DynamicMessage) -> Result<Self, String> {
         let (method, template) = pattern(rule).ok_or("the annotation has no pattern")?;
         let template = Template::parse(&template)?;
-        for field in template.fields() {
-            message::field_at(&rpc.input(), field)
-                .ok_or_else(|| format!("the request has no field `{field}`"))?;
+        for name in template.fields() {
+            let field = message::field_at(&rpc.input(), name)
+                .ok_or_else(|| format!("the request has no field `{name}`"))?;
+            if field.is_list() || field.is_map() {
+                return Err(format!(
+                    "`{name}` is repeated, which no part of a path can be"
+                ));
+            }
         }
         let field = |message: MessageDescriptor, name: &str| {
             message

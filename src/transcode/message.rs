@@ -66,7 +66,6 @@ impl Call {
             let text = std::str::from_utf8(text)
                 .map_err(|_| format!("the path has no UTF-8 for `{path}`"))?;
             let (owner, field) = reach(&mut message, path)?;
-            owner.clear_field(&field);
             put(owner, &field, text)?;
         }
         Ok(framed(&message))

@@ -602,8 +602,14 @@ async fn what_is_true_of_the_services_bytes_is_not_said_of_json() {
 async fn a_definition_that_does_not_fit_is_said_to_be_so() {
     let directory = tempfile::tempdir().unwrap();
     define(directory.path());
+    fs::write(directory.path().join("tags.binpb"), compile("tags.proto")).unwrap();
     let file = directory.path().join("serin.yaml");
     for (transcode, backend, reason) in [
+        (
+            "{ descriptorSet: tags.binpb, services: [ tests.Tags ] }",
+            "h2c",
+            "`tags` is repeated",
+        ),
         (
             "{ descriptorSet: absent.binpb, services: [ tests.Notes ] }",
             "h2c",
