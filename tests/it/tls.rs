@@ -166,7 +166,7 @@ async fn sessions_are_resumed_also_after_a_reload() {
         });
         let client = authority.client_with(&[], None, versions);
         let mut kinds = Vec::new();
-        for round in 0..3 {
+        for round in 0..4 {
             let mut stream = client.handshake(proxy.address(), "a").await.unwrap();
             // A ticket comes with the first response.
             let request = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
@@ -174,14 +174,17 @@ async fn sessions_are_resumed_also_after_a_reload() {
             let mut reply = Vec::new();
             stream.read_to_end(&mut reply).await.unwrap();
             kinds.push(stream.get_ref().1.handshake_kind().unwrap());
-            if round == 1 {
-                proxy.replace(&(config.clone() + "# changed\n")).await;
+            // Twice: what one reload throws away is missing at the next.
+            if round > 0 {
+                let changed = format!("{config}# change {round}\n");
+                proxy.replace(&changed).await;
             }
         }
         assert_eq!(
             kinds,
             [
                 HandshakeKind::Full,
+                HandshakeKind::Resumed,
                 HandshakeKind::Resumed,
                 HandshakeKind::Resumed
             ]
