@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use http::{Method, StatusCode};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use crate::support::upstream::{read_head, scripted};
@@ -393,4 +393,22 @@ async fn nobody_stalls_for_ever_be_it_behind_an_early_head_or_as_what_is_no_call
     assert!(reply.starts_with("HTTP/1.1 408"), "{reply}");
     let waits = || proxy.metric("serin_requests_in_flight", &[("route", "all")]);
     eventually("nothing is left", || waits() == 0.0).await;
+}
+
+/// As over HTTP/2, where the stream would be reset instead of the connection.
+#[tokio::test]
+async fn a_client_that_is_refused_early_may_go_on_sending_for_a_while() {
+    let upstream = Upstream::start("one").await;
+    let limit = "    limits: { requestBody: 100 }\n";
+    let proxy = Proxy::start(&single(upstream.address, limit));
+    let mut raw = Raw::connect(proxy.address()).await;
+    raw.send("POST /sink HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n")
+        .await;
+    let head = raw.read_until("\r\n\r\n").await;
+    assert!(head.starts_with("HTTP/1.1 413 "), "{head}");
+    for _ in 0..50 {
+        raw.stream.write_all(&[0; 10_000]).await.unwrap();
+    }
+    let mut rest = Vec::new();
+    raw.stream.read_to_end(&mut rest).await.unwrap();
 }

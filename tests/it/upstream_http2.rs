@@ -312,3 +312,15 @@ async fn unused_connections_are_closed() {
     assert_eq!(client.get("/", &[]).await.text(), "one");
     assert_eq!(proxy.shut_down().await, Drained::Clean);
 }
+
+#[tokio::test]
+async fn a_connection_from_before_a_reload_is_not_used_for_another_protocol() {
+    let upstream = Upstream::start("one").await;
+    let http2 = format!("workers: 1\n{}", h2c(upstream.address, ""));
+    let proxy = Proxy::start(&http2.replace("h2c", "http1"));
+    let mut client = Client::connect(proxy.address()).await;
+    assert_eq!(client.get("/", &[]).await.text(), "one");
+    proxy.replace(&http2).await;
+    // Over the connection that rests it would be understood.
+    assert_eq!(client.get("/", &[]).await.status, StatusCode::BAD_GATEWAY);
+}
