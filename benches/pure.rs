@@ -100,7 +100,7 @@ fn route_and_decide(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("find_and_decide", routes), |bencher| {
             bencher.iter(|| {
                 let (route, _) = snapshot.find(black_box(&head)).expect("a route takes it");
-                route.decide(&head, false, &mut || 7).target
+                route.decide(&head, false, &mut || 7).0.target
             });
         });
     }

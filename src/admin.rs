@@ -3,6 +3,7 @@
 //! It reads what is in force and asks for changes; it changes nothing itself. It runs on the
 //! control thread, so that no scrape can hold up a request, and never on a data listener.
 
+mod exposition;
 pub mod view;
 
 use std::convert::Infallible;
@@ -140,7 +141,8 @@ impl Admin {
     }
 
     fn exposition(&self) -> Reply {
-        let mut reply = text(StatusCode::OK, self.metrics.render());
+        let metrics = self.metrics.render() + &exposition::render(&self.live.load());
+        let mut reply = text(StatusCode::OK, metrics);
         let format = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
         reply.headers_mut().insert(CONTENT_TYPE, format);
         reply

@@ -1,7 +1,7 @@
 //! The composition root: from a checked configuration to running threads, and back.
 //!
 //! ```text
-//! serin-control   control (single writer), admin
+//! serin-control   control (single writer), admin, health
 //! serin-reload    follows the files
 //! serin-accept    all listeners
 //! serin-work-N    the requests of its connections
@@ -23,6 +23,8 @@ use crate::config::load::Loaded;
 use crate::config::watch::{ReloadRequest, Reloader};
 use crate::config::{Problems, Workers};
 use crate::control::{Change, Control, StatusBoard, Watching, problem_at};
+use crate::health::Watch;
+use crate::health::checks::Checks;
 use crate::proxy::via::Via;
 use crate::server::acceptor::Acceptor;
 use crate::server::worker::WorkerHandle;
@@ -286,6 +288,14 @@ impl ControlJobs {
     }
 
     async fn run(mut self) {
+        let (live, metrics) = (self.control.live(), Arc::clone(&self.admin.0.metrics));
+        let watch = Watch::new(
+            Arc::clone(&live),
+            Arc::clone(&metrics),
+            self.control.alarm(),
+        );
+        tokio::task::spawn_local(watch.run());
+        tokio::task::spawn_local(Checks::new(live, metrics).run());
         let (admin, socket) = self.admin;
         tokio::task::spawn_local(admin.run(socket));
         let (_sender, changes) = self.changes;

@@ -1,19 +1,29 @@
 //! A backend is one version of a service: its pool of endpoints, and what is known of them.
 //!
 //! An [`Endpoint`] is living state: it outlives snapshots, so that a reload which does not touch it
-//! keeps its count of requests in flight and its warm connections. A [`Backend`] is what one
-//! snapshot says about them.
+//! keeps its count of requests in flight, its warm connections, and what is held of its health. So is
+//! the [`Gate`] of a backend. A [`Backend`] is what one snapshot says about them.
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
+pub mod endpoint;
+pub mod gate;
+pub mod health;
+pub mod outlier;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
+use tokio::time::Instant;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::proxy_protocol::Version;
+use crate::routing::split::Ratio;
 use crate::tls::client::ClientTls;
+
+pub use endpoint::{Endpoint, EndpointId, Endpoints, Impediment, Lease};
+pub use gate::{Crowded, Gate, GateLimits};
+pub use health::HealthCheck;
+pub use outlier::OutlierPolicy;
 
 /// One version of a service.
 #[derive(Debug)]
@@ -34,6 +44,29 @@ pub struct Backend {
     pub connections: ConnectionPolicy,
     /// What is spoken with them, and over what.
     pub transport: Arc<Transport>,
+    /// How many requests it has at a time; all workers share it.
+    pub gate: Arc<Gate>,
+    /// What the gate lets in.
+    pub gate_limits: GateLimits,
+    /// How its endpoints are asked whether they are well; `None` if they are not.
+    pub health_check: Option<Arc<HealthCheck>>,
+    /// When one of them is ejected for what requests say of it; `None` for never.
+    pub outliers: Option<OutlierPolicy>,
+    /// How long one takes that was let in again to get its full part of the requests.
+    pub slow_start: Duration,
+    /// With fewer than this part of its endpoints usable, all of them get requests; 0 for never.
+    pub panic_threshold: Ratio,
+}
+
+/// Why a backend takes no requests. A closed set, used in metrics and by `explain`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unavailability {
+    /// The kill switch.
+    Disabled,
+    /// It has no endpoints.
+    Empty,
+    /// None of its endpoints is usable.
+    Unhealthy,
 }
 
 /// What is spoken with the endpoints of a backend, and over what.
@@ -88,6 +121,8 @@ pub struct ConnectionPolicy {
     pub idle_timeout: Duration,
     /// How many unused connections each worker keeps to each endpoint.
     pub max_idle: usize,
+    /// How many connections each worker has to all of them; `None` for any number.
+    pub most: Option<usize>,
 }
 
 /// Changes to a header section.
@@ -101,59 +136,133 @@ pub struct HeaderEdits {
     pub add: Vec<(HeaderName, HeaderValue)>,
 }
 
-/// Names an endpoint for as long as the process runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct EndpointId(u64);
-
-/// One server of a backend.
-#[derive(Debug)]
-pub struct Endpoint {
-    /// Its name within the process.
-    pub id: EndpointId,
-    /// Where it listens.
-    pub address: SocketAddr,
-    /// The same as text.
-    pub authority: Box<str>,
-    in_flight: AtomicUsize,
-}
-
-/// The right to send one request to an endpoint; counts as in flight until it is dropped.
-#[derive(Debug)]
-pub struct Lease {
-    endpoint: Arc<Endpoint>,
-}
-
-/// All endpoints of the process by backend and address: what carries them from one snapshot to the
-/// next.
-#[derive(Debug, Default)]
-pub struct Endpoints {
-    known: HashMap<(Arc<str>, SocketAddr), Arc<Endpoint>>,
-    created: u64,
-}
-
 // === impl Backend ===
 
 impl Backend {
     /// True when it can take requests at all.
     pub fn is_available(&self) -> bool {
-        !self.disabled && !self.endpoints.is_empty()
+        self.unavailability().is_none()
+    }
+
+    /// Why it takes no requests; `None` when it does.
+    pub fn unavailability(&self) -> Option<Unavailability> {
+        if self.disabled {
+            Some(Unavailability::Disabled)
+        } else if self.endpoints.is_empty() {
+            Some(Unavailability::Empty)
+        } else if self.panic_threshold == Ratio(0)
+            && !self.endpoints.iter().any(|endpoint| endpoint.is_usable())
+        {
+            Some(Unavailability::Unhealthy)
+        } else {
+            None
+        }
     }
 
     /// Chooses an endpoint for one request: of two drawn by lot the one with fewer requests in
     /// flight (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001). `None`
     /// when it takes no requests.
-    pub fn choose(&self, die: u64) -> Option<&Arc<Endpoint>> {
+    ///
+    /// Those that are not usable are left out, as long as enough are: below the panic threshold all
+    /// take part, since the few that are left would fail under the load of all. So are those that
+    /// have `failed` this request before, unless there is no other.
+    pub fn choose(&self, die: u64, now: Instant, failed: &[EndpointId]) -> Option<&Arc<Endpoint>> {
         if self.disabled {
             return None;
         }
+        let is_ready =
+            |endpoint: &Endpoint| endpoint.is_settled() && !failed.contains(&endpoint.id);
         match self.endpoints.as_slice() {
+            [] => None,
+            [only] if only.is_usable() || self.panic_threshold > Ratio(0) => Some(only),
+            [_] => None,
+            many => {
+                let (one, other) = two_of(many.len(), die);
+                if is_ready(&many[one]) && is_ready(&many[other]) {
+                    Some(less_loaded(&many[one], &many[other]))
+                } else {
+                    self.choose_carefully(die, now, failed)
+                }
+            }
+        }
+    }
+
+    /// As [`choose`](Self::choose), looking at all endpoints.
+    fn choose_carefully(
+        &self,
+        die: u64,
+        now: Instant,
+        failed: &[EndpointId],
+    ) -> Option<&Arc<Endpoint>> {
+        let candidates = self.candidates();
+        let others = |endpoint: &&Arc<Endpoint>| !failed.contains(&endpoint.id);
+        let untried: Vec<_> = candidates.iter().copied().filter(others).collect();
+        let candidates = if untried.is_empty() {
+            candidates
+        } else {
+            untried
+        };
+        match candidates.as_slice() {
             [] => None,
             [only] => Some(only),
             many => {
-                let (one, other) = two_of(many.len(), die);
-                let less = |endpoint: &&Arc<Endpoint>| endpoint.in_flight();
-                Some(std::cmp::min_by_key(&many[one], &many[other], less))
+                // Other numbers from the same die: that it came to this says something about it.
+                let another = |seed| xxh3_64_with_seed(&die.to_le_bytes(), seed);
+                let (one, other) = two_of(many.len(), another(0));
+                let (one, other) = (many[one], many[other]);
+                let luck = another(1) as f64 / u64::MAX as f64;
+                let takes_part = |endpoint: &Endpoint| endpoint.part(now, self.slow_start) > luck;
+                Some(match (takes_part(one), takes_part(other)) {
+                    (true, false) => one,
+                    (false, true) => other,
+                    _ => less_loaded(one, other),
+                })
             }
+        }
+    }
+
+    /// The endpoints that may be chosen.
+    fn candidates(&self) -> Vec<&Arc<Endpoint>> {
+        let usable = self.endpoints.iter().filter(|one| one.is_usable());
+        let usable: Vec<_> = usable.collect();
+        if self.is_panicking(usable.len()) {
+            self.endpoints.iter().collect()
+        } else {
+            usable
+        }
+    }
+
+    /// True when so few endpoints are usable that all of them get requests.
+    fn is_panicking(&self, usable: usize) -> bool {
+        let all = self.endpoints.len() as u64;
+        (usable as u64) * 1_000_000 < all * u64::from(self.panic_threshold.0)
+    }
+}
+
+// === impl Unavailability ===
+
+impl Unavailability {
+    /// All there are.
+    pub const ALL: [Self; 3] = [Self::Disabled, Self::Empty, Self::Unhealthy];
+
+    /// The word for it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Disabled => "disabled",
+            Self::Empty => "empty",
+            Self::Unhealthy => "unhealthy",
+        }
+    }
+}
+
+// === impl GateLimits ===
+
+impl Default for GateLimits {
+    fn default() -> Self {
+        Self {
+            in_flight: 1024,
+            queue: 1024,
+            queue_timeout: Duration::from_secs(1),
         }
     }
 }
@@ -208,57 +317,8 @@ impl HeaderEdits {
     }
 }
 
-// === impl Endpoint ===
-
-impl Endpoint {
-    /// The right to send it one request.
-    pub fn lease(self: &Arc<Self>) -> Lease {
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
-        Lease {
-            endpoint: Arc::clone(self),
-        }
-    }
-
-    /// Requests sent to it whose response has not ended.
-    pub fn in_flight(&self) -> usize {
-        self.in_flight.load(Ordering::Relaxed)
-    }
-}
-
-// === impl Lease ===
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        self.endpoint.in_flight.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-// === impl Endpoints ===
-
-impl Endpoints {
-    /// The endpoint of `backend` at `address`, the living one where there is one.
-    pub fn get_or_create(&mut self, backend: &Arc<str>, address: SocketAddr) -> Arc<Endpoint> {
-        let created = &mut self.created;
-        let endpoint = self
-            .known
-            .entry((Arc::clone(backend), address))
-            .or_insert_with(|| {
-                *created += 1;
-                Arc::new(Endpoint {
-                    id: EndpointId(*created),
-                    address,
-                    authority: address.to_string().into(),
-                    in_flight: AtomicUsize::new(0),
-                })
-            });
-        Arc::clone(endpoint)
-    }
-
-    /// Forgets what only this map still knows.
-    pub fn prune(&mut self) {
-        self.known
-            .retain(|_, endpoint| Arc::strong_count(endpoint) > 1);
-    }
+fn less_loaded<'e>(one: &'e Arc<Endpoint>, other: &'e Arc<Endpoint>) -> &'e Arc<Endpoint> {
+    std::cmp::min_by_key(one, other, |endpoint| endpoint.in_flight())
 }
 
 /// Two different positions below `count`, which is at least 2, both drawn from one die.
@@ -279,14 +339,16 @@ mod tests {
         let mut known = Endpoints::default();
         let name: Arc<str> = "shop".into();
         let endpoints = (1..=endpoints)
-            .map(|port| known.get_or_create(&name, ([127, 0, 0, 1], port).into()))
+            .map(|port| known.get_or_create(&name, ([127, 0, 0, 1], port).into(), false))
             .collect();
         let connections = ConnectionPolicy {
             connect_timeout: Duration::from_secs(1),
             idle_timeout: Duration::from_secs(1),
             max_idle: 1,
+            most: None,
         };
         let backend = Backend {
+            gate: known.gate(&name),
             name,
             version: "1".into(),
             disabled: false,
@@ -295,8 +357,42 @@ mod tests {
             response_headers: HeaderEdits::default(),
             connections,
             transport: Arc::default(),
+            gate_limits: GateLimits {
+                in_flight: 10_000,
+                ..GateLimits::default()
+            },
+            health_check: None,
+            outliers: None,
+            slow_start: Duration::from_secs(10),
+            panic_threshold: Ratio(500_000),
         };
         (backend, known)
+    }
+
+    fn choose(backend: &Backend, die: u64) -> Option<&Arc<Endpoint>> {
+        backend.choose(die, Instant::now(), &[])
+    }
+
+    fn lease(backend: &Backend, die: u64) -> Lease {
+        let pass = backend.gate.try_enter(&backend.gate_limits).unwrap();
+        choose(backend, die).unwrap().lease(pass)
+    }
+
+    /// How often each endpoint is chosen in 10,000 draws.
+    fn draws(backend: &Backend, now: Instant, failed: &[EndpointId]) -> Vec<usize> {
+        let mut dice = fastrand::Rng::with_seed(1);
+        let mut counts = vec![0; backend.endpoints.len()];
+        for _ in 0..10_000 {
+            let chosen = backend.choose(dice.u64(..), now, failed);
+            let position = chosen.and_then(|chosen| {
+                let mut all = backend.endpoints.iter();
+                all.position(|endpoint| endpoint.id == chosen.id)
+            });
+            if let Some(position) = position {
+                counts[position] += 1;
+            }
+        }
+        counts
     }
 
     proptest! {
@@ -318,28 +414,19 @@ mod tests {
     #[test]
     fn the_less_loaded_of_two_is_chosen_and_a_lease_ends_with_its_owner() {
         let (backend, _) = backend(2);
-        let first = backend.choose(0).unwrap().lease();
-        let busy = first.endpoint.id;
-        let second = backend.choose(0).unwrap().lease();
-        assert_ne!(busy, second.endpoint.id);
+        let first = lease(&backend, 0);
+        let second = lease(&backend, 0);
+        assert_ne!(first.endpoint().id, second.endpoint().id);
         drop((first, second));
-        assert_eq!(
-            backend
-                .endpoints
-                .iter()
-                .map(|endpoint| endpoint.in_flight())
-                .sum::<usize>(),
-            0
-        );
+        let in_flight = backend.endpoints.iter().map(|one| one.in_flight());
+        assert_eq!(in_flight.sum::<usize>(), 0);
     }
 
     #[test]
     fn load_spreads_evenly_over_many_endpoints() {
         let (backend, _) = backend(10);
         let mut dice = fastrand::Rng::with_seed(1);
-        let _leases: Vec<_> = (0..1000)
-            .map(|_| backend.choose(dice.u64(..)).unwrap().lease())
-            .collect();
+        let _leases: Vec<_> = (0..1000).map(|_| lease(&backend, dice.u64(..))).collect();
         for endpoint in &backend.endpoints {
             assert!(
                 endpoint.in_flight().abs_diff(100) <= 3,
@@ -354,23 +441,88 @@ mod tests {
         let (mut backend, _) = backend(1);
         assert!(backend.is_available());
         backend.disabled = true;
-        assert!(backend.choose(0).is_none() && !backend.is_available());
+        assert!(choose(&backend, 0).is_none());
+        assert_eq!(backend.unavailability(), Some(Unavailability::Disabled));
         backend.disabled = false;
         backend.endpoints.clear();
-        assert!(backend.choose(0).is_none() && !backend.is_available());
+        assert!(choose(&backend, 0).is_none());
+        assert_eq!(backend.unavailability(), Some(Unavailability::Empty));
+    }
+
+    #[test]
+    fn endpoints_that_are_out_get_nothing_until_too_few_are_left() {
+        let (backend, _) = backend(4);
+        let now = Instant::now();
+        backend.endpoints[0].impede(Impediment::Ejected);
+        backend.endpoints[1].impede(Impediment::Unhealthy);
+        let counts = draws(&backend, now, &[]);
+        assert_eq!((counts[0], counts[1]), (0, 0));
+        assert!(counts[2].abs_diff(5000) < 300, "{counts:?}");
+        backend.endpoints[2].impede(Impediment::Ejected);
+        let panic = draws(&backend, now, &[]);
+        assert!(
+            panic.iter().all(|count| count.abs_diff(2500) < 300),
+            "{panic:?}"
+        );
+        assert!(backend.is_available());
+    }
+
+    #[test]
+    fn without_a_panic_threshold_a_backend_may_have_nobody_left() {
+        for endpoints in [1, 3] {
+            let (mut backend, _) = backend(endpoints);
+            backend.panic_threshold = Ratio(0);
+            for endpoint in &backend.endpoints {
+                endpoint.impede(Impediment::Unchecked);
+            }
+            assert!(choose(&backend, 0).is_none());
+            assert_eq!(backend.unavailability(), Some(Unavailability::Unhealthy));
+            backend.endpoints[0].relieve(Impediment::Unchecked, Instant::now());
+            let counts = draws(&backend, Instant::now(), &[]);
+            assert_eq!(counts[0], 10_000);
+        }
+    }
+
+    #[test]
+    fn an_endpoint_that_has_failed_the_request_is_asked_again_only_if_there_is_no_other() {
+        let (backend, _) = backend(3);
+        let ids: Vec<EndpointId> = backend.endpoints.iter().map(|one| one.id).collect();
+        let counts = draws(&backend, Instant::now(), &ids[..1]);
+        assert_eq!(counts[0], 0);
+        assert_eq!(draws(&backend, Instant::now(), &ids[..2])[2], 10_000);
+        assert_eq!(
+            draws(&backend, Instant::now(), &ids).iter().sum::<usize>(),
+            10_000
+        );
+    }
+
+    #[test]
+    fn one_that_is_let_in_again_gets_its_part_by_and_by() {
+        let (backend, _) = backend(2);
+        let now = Instant::now();
+        backend.endpoints[0].impede(Impediment::Ejected);
+        backend.endpoints[0].relieve(Impediment::Ejected, now);
+        let part = |seconds| draws(&backend, now + Duration::from_secs(seconds), &[])[0];
+        // Both have nothing in flight: whoever stands first in a pair is taken.
+        assert!(part(0) < 100, "{}", part(0));
+        assert!((2000..3000).contains(&part(5)), "{}", part(5));
+        assert!((4500..5500).contains(&part(10)), "{}", part(10));
     }
 
     #[test]
     fn endpoints_live_on_as_long_as_a_snapshot_names_them() {
         let (mut backend, mut known) = backend(2);
         let kept = backend.endpoints[0].id;
-        backend.endpoints.remove(1);
+        let gone = backend.endpoints.remove(1).id;
         known.prune();
         let name: Arc<str> = "shop".into();
         assert_eq!(
-            known.get_or_create(&name, ([127, 0, 0, 1], 1).into()).id,
+            known
+                .get_or_create(&name, ([127, 0, 0, 1], 1).into(), false)
+                .id,
             kept
         );
-        assert_eq!(known.known.len(), 1);
+        let another = known.get_or_create(&name, ([127, 0, 0, 1], 2).into(), false);
+        assert_ne!(another.id, gone);
     }
 }

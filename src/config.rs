@@ -25,12 +25,15 @@ use std::time::Duration;
 use http::header::HeaderName;
 use ipnet::IpNet;
 
-use crate::backend::{ConnectionPolicy, HeaderEdits, Transport};
+use crate::backend::{
+    ConnectionPolicy, GateLimits, HeaderEdits, HealthCheck, OutlierPolicy, Transport,
+};
 use crate::filter::Filters;
 use crate::routing::gray::WithoutIdentity;
 use crate::routing::identity::IdentitySource;
 use crate::routing::matcher::Condition;
-use crate::routing::split::Weight;
+use crate::routing::rescue::Rescue;
+use crate::routing::split::{Ratio, Weight};
 use crate::routing::table::{Hostname, RouteMatch};
 use crate::routing::{Target, user_list};
 use crate::telemetry::access_log;
@@ -161,6 +164,16 @@ pub struct Backend {
     pub transport: Arc<Transport>,
     /// The certificate that we show to them: its file as configured, and until when it is valid.
     pub own_certificate: Option<(String, i64)>,
+    /// How many requests it has at a time.
+    pub gate_limits: GateLimits,
+    /// How its endpoints are asked whether they are well.
+    pub health_check: Option<Arc<HealthCheck>>,
+    /// When one of them is ejected; `None` for never.
+    pub outliers: Option<OutlierPolicy>,
+    /// How long one takes that was let in again to get its full part of the requests.
+    pub slow_start: Duration,
+    /// With fewer than this part of its endpoints usable, all of them get requests; 0 for never.
+    pub panic_threshold: Ratio,
 }
 
 /// A list of user ids.
@@ -218,8 +231,21 @@ pub struct Route {
     pub tunnel_idle: Option<Duration>,
     /// Who gets which target.
     pub gray: Gray,
+    /// Who gets the requests of a target that takes none.
+    pub failover: Failover,
+    /// What is done about requests that failed.
+    pub rescue: Arc<Rescue>,
     /// Whether responses name their version.
     pub expose_version: bool,
+}
+
+/// Who gets the requests of a target that takes none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failover {
+    /// The baseline gets those of the others.
+    pub to_baseline: bool,
+    /// This one gets those of the baseline.
+    pub from_baseline: Option<Target>,
 }
 
 /// A backend of a route, and its weight.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{error, info, warn};
 
 use crate::config::document::{Node, Path, Span};
@@ -188,6 +188,11 @@ impl Control {
     /// What access logs are written to.
     pub fn sinks(&self) -> Arc<Sinks> {
         Arc::clone(&self.sinks)
+    }
+
+    /// Told when an endpoint has failed too often in a row.
+    pub fn alarm(&self) -> Arc<Notify> {
+        self.living.endpoints.alarm()
     }
 
     /// Where the status hangs.

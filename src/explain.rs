@@ -218,8 +218,7 @@ pub fn explain(
         };
     }
     let decided = route.gray.decide(&head, question.trusted, dice);
-    let wanted = decided.target;
-    let decision = route.fail_over(decided);
+    let (decision, failed_over) = route.fail_over(decided);
     let identity = decision
         .identity
         .as_ref()
@@ -236,8 +235,8 @@ pub fn explain(
         version: target.backend.version.to_string(),
         reason: decision.reason.as_str(),
         rule: decision.rule.map(str::to_owned),
-        failed_over_from: (wanted != decision.target)
-            .then(|| route.targets[wanted].backend.name.to_string()),
+        failed_over_from: failed_over
+            .map(|failed| route.targets[failed.from].backend.name.to_string()),
         by_lot: decision.reason == Reason::Random || decision.issued_identity().is_some(),
     };
     let user = identity.as_ref().map(|identity| identity.value.as_str());

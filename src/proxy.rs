@@ -5,6 +5,7 @@
 //! Each worker has a `Proxy` of its own, and all that a request reads comes from the one
 //! [`Snapshot`] that it took at its beginning.
 
+mod attempts;
 pub mod body;
 pub mod error;
 pub mod exchange;
@@ -35,12 +36,13 @@ use tokio::time::Instant;
 use crate::backend::{Endpoint, Lease};
 use crate::filter::cors::Grant;
 use crate::filter::redirect::Asked;
-use crate::routing::Decision;
+use crate::routing::{Decision, Reason};
 use crate::snapshot::{Reader, Route, RouteTarget, Snapshot};
 use crate::telemetry::metrics::WorkerMetrics;
 use crate::transcode::Call;
 use crate::upstream::{self, Loan, Needs, Pools, SendError};
 
+use attempts::{Again, Responded, Tried, Way};
 use body::{BodyRules, BodyState, Held, Progress, ReplyBody, RequestBody, UpstreamBody};
 use error::ProxyError;
 use exchange::Exchange;
@@ -80,6 +82,7 @@ struct Decided<'s> {
     /// How many bytes of its path the match has taken.
     matched: usize,
     target: &'s RouteTarget,
+    reason: Reason,
     verdict: Verdict,
 }
 
@@ -98,8 +101,11 @@ struct Routed<'s> {
     route: &'s Route,
     target: &'s RouteTarget,
     verdict: Verdict,
-    endpoint: &'s Endpoint,
-    lease: Lease,
+    endpoint: &'s Arc<Endpoint>,
+    /// `None` as long as the backend has no room.
+    lease: Option<Lease>,
+    /// What it is sent again from, where that may be.
+    again: Option<Box<Again<'s>>>,
 }
 
 /// The head of an upstream's response, with what has to be held on to until its body ends.
@@ -107,6 +113,8 @@ struct Answer {
     response: Response<Incoming>,
     lease: Lease,
     loan: Loan<RequestBody>,
+    /// How long it took.
+    latency: Duration,
     /// Where it leads, if it is one, and how long nothing may go through.
     tunnel: Option<Box<(Ends, Guards, Option<Duration>)>>,
     limits: Limits,
@@ -227,6 +235,7 @@ impl Proxy {
             route,
             matched,
             target,
+            reason,
             verdict,
         } = self.decide(snapshot, &admitted, exchange, &parts)?;
         let Admitted {
@@ -243,7 +252,9 @@ impl Proxy {
         if let Some(translation) = &translation {
             exchange.becomes_translated_call(translation);
         }
-        let endpoint = backend.choose(self.roll()).ok_or(ProxyError::NoEndpoint)?;
+        let endpoint = backend
+            .choose(self.roll(), exchange.started(), &[])
+            .ok_or(ProxyError::NoEndpoint)?;
         let limit = route.body_limit(&origin, translation.is_some(), &body)?;
         let limits = self.limits(route, is_call, &parts.headers, exchange);
         let needs = Needs {
@@ -251,16 +262,31 @@ impl Proxy {
                 || survey.has(Survey::TE) && headers::accepts_trailers(&parts.headers),
             tunnel: wish.is_some(),
         };
-        let is_told = backend.transport.proxy_protocol.is_some();
         let subjects = &snapshot.subject_headers;
         headers::prepare_request(&mut parts, survey, route, endpoint, subjects, &origin);
         self.via.append(&mut parts.headers, parts.version);
         headers::rewrite(&mut parts, route, matched);
-        backend.request_headers.apply(&mut parts.headers);
         if let Some(wish) = &wish {
             wish.ask(&mut parts.headers);
         }
+        let addresses = route.tells_clients.then(|| Box::new(origin.addresses()));
+        let lease = backend
+            .gate
+            .try_enter(&backend.gate_limits)
+            .map(|pass| endpoint.lease(pass));
+        let may_go_on = lease.is_none() || !route.rescue.is_none();
+        let again = may_go_on.then(|| {
+            Box::new(Again::new(
+                route,
+                target,
+                &parts,
+                reason,
+                addresses.as_deref(),
+            ))
+        });
+        backend.request_headers.apply(&mut parts.headers);
         let rules = || BodyRules {
+            kept: again.as_deref().map_or(0, Again::body_buffer),
             limit,
             gap: origin.body_gap().filter(|_| !is_call),
             rest: route.tunnel_idle,
@@ -270,16 +296,16 @@ impl Proxy {
         };
         let body = ScopeGuard::into_inner(body);
         let (body, progress) = match translation {
-            None => RequestBody::new(body, exchange.decided_at(), rules),
+            None => RequestBody::new(body, exchange.sent_at(), rules),
             Some(translation) => {
-                RequestBody::translated(body, exchange.decided_at(), rules, translation)
+                RequestBody::translated(body, exchange.sent_at(), rules, translation)
             }
         };
         exchange.sent_to(endpoint, progress.clone());
         Ok(Routed {
             request: Request::from_parts(parts, body),
             needs,
-            addresses: is_told.then(|| Box::new(origin.addresses())),
+            addresses,
             wish: wish.map(Box::new),
             guards: Rc::clone(&peer.guards),
             limits,
@@ -288,7 +314,8 @@ impl Proxy {
             target,
             verdict,
             endpoint,
-            lease: endpoint.lease(),
+            lease,
+            again,
         })
     }
 
@@ -344,22 +371,50 @@ impl Proxy {
             verdict,
             endpoint,
             lease,
+            again,
         } = routed;
-        let mut sending = self
-            .pools
-            .send(&target.backend, endpoint, request, needs, addresses);
+        let begun = lease.map(|lease| {
+            let backend = &target.backend;
+            let pools = &self.pools;
+            let sending = pools.send(backend, endpoint, request, needs, addresses);
+            (lease, sending)
+        });
         Box::pin(async move {
-            let sent = limits.wait(sending.as_mut(), &progress).await;
+            let first = match begun {
+                Some((lease, mut sending)) => {
+                    let sent = limits.wait(sending.as_mut(), &progress).await;
+                    Tried::new(target, lease, sent)
+                }
+                None => Tried::crowded(target),
+            };
+            let last = match again {
+                Some(again) if again.concerns(&first) => {
+                    let way = Way {
+                        proxy: self,
+                        limits: &limits,
+                        needs,
+                    };
+                    // Boxed, since few requests come this way.
+                    Box::pin(again.go_on(way, first, progress.clone(), &mut exchange)).await
+                }
+                _ => first,
+            };
             let translation = exchange.translation();
-            let answer = sent.and_then(|(mut response, loan)| {
+            let answer = last.outcome.and_then(|responded| {
                 progress.answered();
-                let ends = answered(&mut response, wish, &mut exchange)?;
+                let Responded {
+                    mut response,
+                    loan,
+                    lease,
+                } = responded;
+                let (ends, latency) = answered(&mut response, wish, &mut exchange)?;
                 let survey = Survey::of(response.headers());
-                headers::prepare_response(&mut response, survey, route, target, &verdict);
+                headers::prepare_response(&mut response, survey, route, last.target, &verdict);
                 Ok(Answer {
                     response,
                     lease,
                     loan,
+                    latency,
                     tunnel: ends.map(|ends| Box::new((ends, guards, route.tunnel_idle))),
                     limits,
                 })
@@ -401,12 +456,13 @@ impl Proxy {
         let refusal = || ProxyError::TransferCoding;
         headers::refuse_transfer_coding(&parts.headers, *survey, refusal)?;
         headers::refuse_ambiguous(&parts.headers, *survey, &route.guarded_headers)?;
-        let decision = route.decide(&head, origin.trusted, &mut || self.roll());
-        exchange.decided(route, &decision);
+        let (decision, failed_over) = route.decide(&head, origin.trusted, &mut || self.roll());
+        exchange.decided(route, &decision, failed_over);
         Ok(Decided {
             route,
             matched,
             target: &route.targets[decision.target],
+            reason: decision.reason,
             verdict: Verdict::new(&decision, route, origin, &parts.headers, snapshot),
         })
     }
@@ -445,12 +501,12 @@ impl Proxy {
 }
 
 /// Takes note of the head of a response, unless it must not go on; where it leads, if the client has
-/// asked for a tunnel.
+/// asked for a tunnel, and how long it took.
 fn answered(
     response: &mut Response<Incoming>,
     wish: Option<Box<Wish>>,
     exchange: &mut Exchange,
-) -> Result<Option<Ends>, ProxyError> {
+) -> Result<(Option<Ends>, Duration), ProxyError> {
     let ends = match wish {
         Some(wish) => wish.answered(response)?,
         // Nobody asked: the upgrade fields were taken out of the request.
@@ -463,9 +519,9 @@ fn answered(
     let refusal = || ProxyError::UnknownCoding;
     headers::refuse_transfer_coding(response.headers(), survey, refusal)?;
     *response.version_mut() = Version::HTTP_11;
-    exchange.answered(response.status());
+    let latency = exchange.answered(response.status());
     exchange.heard_head(response);
-    Ok(ends)
+    Ok((ends, latency))
 }
 
 /// The reply to a request that is not sent on, as its client understands it.
@@ -491,19 +547,23 @@ impl Answer {
             response,
             lease,
             loan,
+            latency,
             tunnel,
             limits,
         } = self;
         let Some(tunnel) = tunnel else {
             let deadline = limits.into_deadline();
+            // What a failure says of the endpoint is known already.
+            let latency = Some(latency).filter(|_| !response.status().is_server_error());
             return response.map(|body| {
-                let held = Held::new(exchange, lease, loan);
+                let held = Held::new(exchange, lease, loan, latency);
                 ReplyBody::Upstream(UpstreamBody::new(body, held, deadline))
             });
         };
         let (ends, guards, idle) = *tunnel;
         let mut response = response.map(|_| ReplyBody::empty());
         ends.tell(response.headers_mut());
+        lease.answered(latency);
         exchange.becomes_tunnel();
         let tunnel = Tunnel {
             ends,

@@ -4,7 +4,7 @@
 use std::io;
 use std::net::SocketAddr;
 
-use ppp::v2::{Builder, Command, Protocol, Version as Two};
+use ppp::v2::{AddressFamily, Builder, Command, Protocol, Version as Two};
 use ppp::{HeaderResult, v1, v2};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
@@ -103,6 +103,21 @@ pub fn header(
             let command = Two::Two | Command::Proxy;
             let addresses = (source, destination);
             Builder::with_addresses(command, Protocol::Stream, addresses).build()
+        }
+    }
+}
+
+/// The header of a connection that is made for no client (sections 2.1 and 2.2: "UNKNOWN", "LOCAL").
+///
+/// # Errors
+///
+/// None that is known; building a header is fallible.
+pub fn own_header(version: Version) -> io::Result<Vec<u8>> {
+    match version {
+        Version::V1 => Ok(b"PROXY UNKNOWN\r\n".to_vec()),
+        Version::V2 => {
+            let command = Two::Two | Command::Local;
+            Builder::new(command, AddressFamily::Unspecified | Protocol::Unspecified).build()
         }
     }
 }

@@ -9,6 +9,7 @@ pub mod identity;
 pub mod matcher;
 pub mod path;
 pub mod request;
+pub mod rescue;
 pub mod split;
 pub mod table;
 pub mod user_list;

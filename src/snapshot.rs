@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,12 +19,15 @@ use http::header::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 use tokio::sync::watch;
 
-use crate::backend::{Backend, ConnectionPolicy, EndpointId, Endpoints, HeaderEdits};
-use crate::config::{self, Config};
+use crate::backend::{
+    Backend, ConnectionPolicy, Endpoint, EndpointId, Endpoints, HeaderEdits, Unavailability,
+};
+use crate::config::{self, Config, Failover};
 use crate::filter::Filters;
 use crate::routing::gray::{Dice, Override, Rule, Step};
+use crate::routing::rescue::Rescue;
 use crate::routing::split::Split;
-use crate::routing::{BASELINE, Decision, Gray, Reason, RequestHead, RouteTable, UserList};
+use crate::routing::{BASELINE, Decision, Gray, Reason, RequestHead, RouteTable, Target, UserList};
 use crate::telemetry::access_log::{AccessLog, WorkerLog};
 use crate::telemetry::metrics::{Metrics, TargetLabels, TargetMetrics};
 use crate::tls::server::{ServerTls, Tickets};
@@ -92,6 +96,12 @@ pub struct Route {
     pub metrics: Arc<TargetMetrics>,
     /// Who gets which.
     pub gray: Gray,
+    /// Who gets the requests of a target that takes none.
+    pub failover: Failover,
+    /// What is done about requests that failed.
+    pub rescue: Arc<Rescue>,
+    /// Some of its endpoints are told who the client is.
+    pub tells_clients: bool,
     /// The limit of a whole exchange.
     pub request_timeout: Option<Duration>,
     /// The limit of waiting for the head of a response.
@@ -121,6 +131,15 @@ pub struct RouteTarget {
     pub version: HeaderValue,
     /// What its requests are counted under.
     pub metrics: Arc<TargetMetrics>,
+}
+
+/// Why another target gets a request than was decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FailedOver {
+    /// The one that would have got it.
+    pub from: Target,
+    /// Why it takes none.
+    pub cause: Unavailability,
 }
 
 /// Where the current snapshot hangs.
@@ -221,13 +240,31 @@ fn compile_backend(backend: &config::Backend, endpoints: &mut Endpoints) -> Back
         endpoints: backend
             .endpoints
             .iter()
-            .map(|address| endpoints.get_or_create(&backend.name, *address))
+            .map(|address| compile_endpoint(backend, *address, endpoints))
             .collect(),
         request_headers: backend.request_headers.clone(),
         response_headers: backend.response_headers.clone(),
         connections: backend.connections,
         transport: Arc::clone(&backend.transport),
+        gate: endpoints.gate(&backend.name),
+        gate_limits: backend.gate_limits,
+        health_check: backend.health_check.clone(),
+        outliers: backend.outliers,
+        slow_start: backend.slow_start,
+        panic_threshold: backend.panic_threshold,
     }
+}
+
+fn compile_endpoint(
+    backend: &config::Backend,
+    address: SocketAddr,
+    endpoints: &mut Endpoints,
+) -> Arc<Endpoint> {
+    let has_checks = backend.health_check.is_some();
+    let endpoint = endpoints.get_or_create(&backend.name, address, has_checks);
+    let consecutive = backend.outliers.and_then(|policy| policy.consecutive);
+    endpoint.alarm_at(consecutive.map(NonZeroU32::get));
+    endpoint
 }
 
 fn compile_route(
@@ -249,7 +286,6 @@ fn compile_route(
         guarded_trailers: guarded_trailers(route, &gray, &targets),
         unbelieved_headers: gray.unbelieved_headers(),
         gray,
-        targets,
         filters: Arc::clone(&route.filters),
         keeps_escaped_slashes: route.keeps_escaped_slashes,
         transcoder: route.transcoder.clone(),
@@ -258,8 +294,14 @@ fn compile_route(
         request_timeout: route.request_timeout,
         backend_timeout: route.backend_timeout,
         tunnel_idle: route.tunnel_idle,
+        failover: route.failover,
+        rescue: Arc::clone(&route.rescue),
+        tells_clients: targets
+            .iter()
+            .any(|target| target.backend.transport.proxy_protocol.is_some()),
         expose_version: route.expose_version,
         debug_clients: Arc::clone(&route.gray.debug_clients),
+        targets,
     }
 }
 
@@ -390,20 +432,31 @@ impl Route {
         head: &RequestHead<'a>,
         trusted: bool,
         dice: Dice<'_>,
-    ) -> Decision<'a> {
+    ) -> (Decision<'a>, Option<FailedOver>) {
         self.fail_over(self.gray.decide(head, trusted, dice))
     }
 
-    /// Sends those to the baseline whose target takes no requests, and only them.
-    pub fn fail_over<'a>(&self, decision: Decision<'a>) -> Decision<'a> {
-        if decision.target == BASELINE || self.targets[decision.target].backend.is_available() {
-            return decision;
-        }
-        Decision {
-            target: BASELINE,
+    /// Sends those to another target whose own takes no requests, and only them.
+    pub fn fail_over<'a>(&self, decision: Decision<'a>) -> (Decision<'a>, Option<FailedOver>) {
+        let from = decision.target;
+        let Some(cause) = self.targets[from].backend.unavailability() else {
+            return (decision, None);
+        };
+        let to = match from {
+            BASELINE => self.failover.from_baseline,
+            _ => self.failover.to_baseline.then_some(BASELINE),
+        };
+        // From bad to worse helps nobody, but the baseline is where everybody belongs.
+        let to = to.filter(|to| *to == BASELINE || self.targets[*to].backend.is_available());
+        let Some(target) = to else {
+            return (decision, None);
+        };
+        let decision = Decision {
+            target,
             reason: Reason::Failover,
             ..decision
-        }
+        };
+        (decision, Some(FailedOver { from, cause }))
     }
 }
 

@@ -8,10 +8,12 @@
 
 mod connect;
 mod early;
+pub mod probe;
 mod shape;
 mod shared;
 
 use std::cell::RefCell;
+use std::fmt;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -121,6 +123,8 @@ pub enum SendError {
     ConnectTimeout,
     /// The connection broke, or what came over it was no HTTP.
     Exchange(hyper::Error),
+    /// The connection broke before a byte of the request was written.
+    Unsent(hyper::Error),
     /// The endpoint speaks HTTP/2 alone, and takes no extended CONNECT (RFC 8441 section 3).
     NoTunnel,
 }
@@ -148,6 +152,19 @@ struct Opener<B> {
     pools: Rc<Pools<B>>,
     endpoint: EndpointId,
     opening: Rc<Opening>,
+}
+
+// === impl SendError ===
+
+impl fmt::Display for SendError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Connect(error) => write!(f, "cannot connect: {error}"),
+            Self::ConnectTimeout => f.write_str("the connection did not stand in time"),
+            Self::Exchange(error) | Self::Unsent(error) => write!(f, "{error}"),
+            Self::NoTunnel => f.write_str("the endpoint takes no extended CONNECT"),
+        }
+    }
 }
 
 // === impl Pools ===
@@ -232,7 +249,10 @@ where
             return Err(SendError::NoTunnel);
         }
         let answer = self.exchange(to, connection, request).await;
-        answer.map_err(|(error, _)| SendError::Exchange(error))
+        answer.map_err(|(error, unsent)| match unsent {
+            Some(_) => SendError::Unsent(error),
+            None => SendError::Exchange(error),
+        })
     }
 
     /// Closes connections that have been idle for too long, and those to endpoints that are gone.

@@ -7,6 +7,7 @@ mod backend;
 mod filters;
 mod gray;
 mod listener;
+mod resilience;
 mod route;
 mod transport;
 mod user_list;
@@ -142,7 +143,11 @@ impl Checker<'_> {
             &root.key("routes"),
         );
 
-        let backends = self.each(&file.backends, &root.key("backends"), Self::backend);
+        let backends = self.each(
+            &file.backends,
+            &root.key("backends"),
+            |checker, backend, at| checker.backend(backend, &file.routes, at),
+        );
         let user_lists = self.each(
             &file.user_lists,
             &root.key("userLists"),

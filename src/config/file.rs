@@ -9,6 +9,7 @@ mod backend;
 mod filter;
 mod gray;
 mod listener;
+mod resilience;
 mod route;
 
 use schemars::JsonSchema;
@@ -26,6 +27,10 @@ pub use gray::{Gray, IdentityFrom, IdentitySource, JwtClaim, Override, Rule, Wit
 pub use listener::{
     CertificateRef, ClientCa, ClientCertificateMode, Listener, ListenerDefaults, ListenerHttp2,
     ListenerLimits, ListenerTimeouts, ListenerTls, TlsVersion,
+};
+pub use resilience::{
+    BackendLimits, Failover, GrpcCheck, HealthCheck, HttpCheck, OutlierDetection, Retry, Shield,
+    ShieldedRequests, TcpCheck,
 };
 pub use route::{
     BackendRef, EscapedSlashes, NamedMatch, PathMatch, PathMatchType, Route, RouteLimits,

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
-use http::header::HeaderName;
+use http::header::{HeaderMap, HeaderName};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::sync::Notify;
 use tokio::time::{Duration, Instant, timeout};
 
 use crate::backend::Lease;
@@ -40,6 +41,29 @@ pub struct RequestBody {
     /// `None` without a body.
     rules: Option<Box<BodyRules>>,
     json: Option<Box<Json>>,
+    /// `None` when nothing of it is kept, or any more.
+    replay: Option<Box<Replay>>,
+}
+
+/// What was sent of a body, for as long as it is little, so that it can be sent again.
+#[derive(Debug)]
+struct Replay {
+    /// What was sent, in order.
+    kept: Vec<Bytes>,
+    trailers: Option<HeaderMap>,
+    /// How much more may be kept.
+    room: usize,
+    /// How much of it has been sent again.
+    position: usize,
+}
+
+/// A body of which nobody sends anything any more.
+#[derive(Debug)]
+struct Remains {
+    incoming: Option<Incoming>,
+    rules: Option<Box<BodyRules>>,
+    json: Option<Box<Json>>,
+    replay: Option<Box<Replay>>,
 }
 
 /// What a body of JSON is until all of it has come, and it becomes a message.
@@ -66,6 +90,8 @@ pub struct BodyRules {
     pub route: Arc<Route>,
     /// What else may not.
     pub subject_headers: Arc<[HeaderName]>,
+    /// How many of its bytes are kept to be sent again.
+    pub kept: usize,
 }
 
 /// Why the body of a request breaks off.
@@ -95,7 +121,9 @@ pub enum Progress {
 pub struct Sent {
     stage: Cell<Stage>,
     /// What is left of it when nobody sends it on any more.
-    left: RefCell<Option<Incoming>>,
+    left: RefCell<Option<Remains>>,
+    /// Told when something is left.
+    is_left: Notify,
 }
 
 /// Where a body is.
@@ -106,6 +134,8 @@ pub struct Stage {
     bytes: u64,
     /// The head of the response is here: the body may rest.
     is_answered: bool,
+    /// More of it was sent than is kept.
+    is_spent: bool,
 }
 
 /// Whose turn it is with the body of a request.
@@ -157,8 +187,11 @@ pub struct UpstreamBody {
 pub(super) struct Held {
     exchange: Exchange,
     /// Counts the request as in flight at its endpoint.
-    _lease: Lease,
+    lease: Lease,
     loan: Loan<RequestBody>,
+    /// How long the head took, of a response that is good if its body is; `None` once the endpoint's
+    /// share in it has been told.
+    latency: Option<Duration>,
 }
 
 /// Why the body of a response breaks off.
@@ -185,11 +218,13 @@ impl RequestBody {
         } else {
             Progress::NoBody(now)
         };
+        let rules = has_body.then(|| Box::new(rules()));
         (
             Self {
                 incoming: Some(incoming),
                 progress: progress.clone(),
-                rules: has_body.then(|| Box::new(rules())),
+                replay: rules.as_deref().and_then(Replay::new),
+                rules,
                 json: None,
             },
             progress,
@@ -204,16 +239,73 @@ impl RequestBody {
         translation: Translation,
     ) -> (Self, Progress) {
         let progress = Progress::of_body(now);
+        let rules = Box::new(rules());
         let body = Self {
             incoming: Some(incoming),
             progress: progress.clone(),
-            rules: Some(Box::new(rules())),
+            replay: Replay::new(&rules),
+            rules: Some(rules),
             json: Some(Box::new(Json {
                 translation: Some(translation),
                 read: BytesMut::new(),
             })),
         };
         (body, progress)
+    }
+
+    /// The same body from its beginning, once whoever had it has let go of it; nothing but an empty
+    /// one without a body. It moves from `now` on.
+    pub async fn again(progress: &mut Progress, now: Instant) -> Self {
+        let remains = match progress {
+            Progress::NoBody(_) => {
+                *progress = Progress::NoBody(now);
+                Remains::default()
+            }
+            Progress::Body(sent) => {
+                let mut remains = sent.remains().await;
+                if let Some(replay) = &mut remains.replay {
+                    replay.position = 0;
+                }
+                progress.begin_again(now);
+                remains
+            }
+        };
+        let Remains {
+            incoming,
+            rules,
+            json,
+            replay,
+        } = remains;
+        Self {
+            incoming,
+            progress: progress.clone(),
+            rules,
+            json,
+            replay,
+        }
+    }
+
+    /// What is sent next: at first what was sent before.
+    fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
+        if let Some(frame) = self.replay.as_mut().and_then(|replay| replay.next()) {
+            return Poll::Ready(Some(Ok(frame)));
+        }
+        let polled = if self.json.is_some() {
+            self.poll_message(cx)
+        } else {
+            self.poll_incoming(cx)
+        };
+        if let Poll::Ready(Some(Ok(frame))) = &polled {
+            let replay = self.replay.as_mut();
+            if !replay.is_some_and(|replay| replay.keep(frame)) {
+                self.replay = None;
+                self.progress.spend();
+            }
+        }
+        polled
     }
 
     /// Reads JSON on, and gives the message when all of it has come.
@@ -300,6 +392,16 @@ impl RequestBody {
         Some(Ok(frame))
     }
 
+    fn replayed_hint(&self, rest: SizeHint) -> SizeHint {
+        let again = self.replay.as_ref().map_or(0, |replay| replay.left());
+        let mut hint = SizeHint::new();
+        hint.set_lower(rest.lower() + again);
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper + again);
+        }
+        hint
+    }
+
     /// Waits for the client, but not for ever.
     fn poll_gap(&self, cx: &Context<'_>) -> Poll<RequestBodyError> {
         let Some(rules) = &self.rules else {
@@ -327,13 +429,13 @@ impl Body for RequestBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
-        if self.json.is_some() {
-            return self.poll_message(cx);
-        }
-        self.poll_incoming(cx)
+        self.poll_next(cx)
     }
 
     fn is_end_stream(&self) -> bool {
+        if self.replay.as_ref().is_some_and(|replay| replay.has_next()) {
+            return false;
+        }
         match &self.json {
             Some(json) => json.translation.is_none(),
             None => self.incoming.as_ref().is_none_or(Incoming::is_end_stream),
@@ -342,7 +444,8 @@ impl Body for RequestBody {
 
     fn size_hint(&self) -> SizeHint {
         match (&self.json, &self.incoming) {
-            (None, Some(incoming)) => incoming.size_hint(),
+            (None, Some(incoming)) => self.replayed_hint(incoming.size_hint()),
+            (None, None) => SizeHint::with_exact(0),
             _ => SizeHint::default(),
         }
     }
@@ -351,7 +454,93 @@ impl Body for RequestBody {
 impl Drop for RequestBody {
     fn drop(&mut self) {
         if let Progress::Body(sent) = &self.progress {
-            *sent.left.borrow_mut() = self.incoming.take();
+            let remains = Remains {
+                incoming: self.incoming.take(),
+                rules: self.rules.take(),
+                json: self.json.take(),
+                replay: self.replay.take(),
+            };
+            *sent.left.borrow_mut() = Some(remains);
+            sent.is_left.notify_one();
+        }
+    }
+}
+
+// === impl Replay ===
+
+impl Replay {
+    fn new(rules: &BodyRules) -> Option<Box<Self>> {
+        let empty = || Self {
+            kept: Vec::new(),
+            trailers: None,
+            room: rules.kept,
+            position: 0,
+        };
+        (rules.kept > 0).then(|| Box::new(empty()))
+    }
+
+    /// Keeps a part that is sent for the first time; false when it is too large.
+    fn keep(&mut self, frame: &Frame<Bytes>) -> bool {
+        match (frame.data_ref(), frame.trailers_ref()) {
+            (Some(data), _) if data.len() > self.room => return false,
+            (Some(data), _) => {
+                self.room -= data.len();
+                self.kept.push(data.clone());
+            }
+            (None, trailers) => self.trailers = trailers.cloned(),
+        }
+        self.position += 1;
+        true
+    }
+
+    /// The next part that was sent before.
+    fn next(&mut self) -> Option<Frame<Bytes>> {
+        let position = self.position;
+        let frame = match self.kept.get(position) {
+            Some(data) => Frame::data(data.clone()),
+            None if position == self.kept.len() => Frame::trailers(self.trailers.clone()?),
+            None => return None,
+        };
+        self.position += 1;
+        Some(frame)
+    }
+
+    fn has_next(&self) -> bool {
+        self.position < self.kept.len() + usize::from(self.trailers.is_some())
+    }
+
+    /// The bytes that will be sent again.
+    fn left(&self) -> u64 {
+        let kept = self.kept.iter().skip(self.position);
+        kept.map(|data| data.len() as u64).sum()
+    }
+}
+
+// === impl Remains ===
+
+impl Default for Remains {
+    /// Those of no body.
+    fn default() -> Self {
+        Self {
+            incoming: None,
+            rules: None,
+            json: None,
+            replay: None,
+        }
+    }
+}
+
+// === impl Sent ===
+
+impl Sent {
+    /// What is left of the body, as soon as whoever sent it has let go of it. Its connection is about
+    /// to end then.
+    async fn remains(&self) -> Remains {
+        loop {
+            if let Some(remains) = self.left.borrow_mut().take() {
+                return remains;
+            }
+            self.is_left.notified().await;
         }
     }
 }
@@ -413,6 +602,7 @@ impl Stage {
             state: BodyState::Moving,
             bytes: 0,
             is_answered: false,
+            is_spent: false,
         }
     }
 }
@@ -422,14 +612,43 @@ impl Progress {
         Self::Body(Rc::new(Sent {
             stage: Cell::new(Stage::new(now)),
             left: RefCell::default(),
+            is_left: Notify::new(),
         }))
+    }
+
+    /// True as long as all of it can be sent again.
+    pub fn is_whole(&self) -> bool {
+        !self.stage().is_spent
+    }
+
+    /// True when nobody sends any more of it.
+    pub fn is_sent(&self) -> bool {
+        match self {
+            Self::NoBody(_) => true,
+            Self::Body(sent) => sent.left.borrow().is_some(),
+        }
+    }
+
+    fn spend(&self) {
+        self.update(|stage| Stage {
+            is_spent: true,
+            ..stage
+        });
+    }
+
+    fn begin_again(&self, now: Instant) {
+        self.update(|stage| Stage {
+            last: now,
+            state: BodyState::Moving,
+            ..stage
+        });
     }
 
     /// What is left of it, if nobody sends it on any more.
     pub fn left(&self) -> Option<Incoming> {
         match self {
             Self::NoBody(_) => None,
-            Self::Body(sent) => sent.left.borrow_mut().take(),
+            Self::Body(sent) => sent.left.borrow_mut().take()?.incoming,
         }
     }
 
@@ -555,11 +774,36 @@ impl Body for ReplyBody {
 // === impl Held ===
 
 impl Held {
-    pub(super) fn new(exchange: Exchange, lease: Lease, loan: Loan<RequestBody>) -> Self {
+    pub(super) fn new(
+        exchange: Exchange,
+        lease: Lease,
+        loan: Loan<RequestBody>,
+        latency: Option<Duration>,
+    ) -> Self {
         Self {
             exchange,
-            _lease: lease,
+            lease,
             loan,
+            latency,
+        }
+    }
+
+    /// The response is whole.
+    fn ended(&mut self) {
+        self.exchange.ended();
+        self.exchange.linger();
+        match self.latency.take() {
+            Some(_) if self.exchange.is_failed_call() => self.lease.failed(),
+            Some(latency) => self.lease.answered(latency),
+            None => {}
+        }
+    }
+
+    /// The endpoint has broken it off.
+    fn failed(&mut self, error: &'static str) {
+        self.exchange.upstream_failed(error);
+        if self.latency.take().is_some() {
+            self.lease.failed();
         }
     }
 }
@@ -655,8 +899,7 @@ impl UpstreamBody {
     /// translated call is over when the body is let go of: what has come may turn out to be no answer.
     fn end(&mut self) {
         if let Some(held) = &mut self.held {
-            held.exchange.ended();
-            held.exchange.linger();
+            held.ended();
         }
         let is_over = |held: &mut Held| held.exchange.translation().is_none();
         if let Some(held) = self.held.take_if(is_over) {
@@ -671,9 +914,7 @@ impl UpstreamBody {
             return;
         };
         match error {
-            Some(error) if !held.exchange.was_broken_by_client() => {
-                held.exchange.upstream_failed(error);
-            }
+            Some(error) if !held.exchange.was_broken_by_client() => held.failed(error),
             Some(_) => {}
             None => held.exchange.outlasted(),
         }

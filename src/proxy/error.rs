@@ -4,10 +4,13 @@ use std::io;
 
 use http::header::{
     ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
+    RETRY_AFTER,
 };
 use http::{Response, StatusCode};
 use tracing::debug;
 
+use crate::backend::Crowded;
+use crate::routing::rescue::Trouble;
 use crate::upstream::SendError;
 
 use super::body::{BodyState, Progress, ReplyBody};
@@ -47,12 +50,16 @@ pub enum ProxyError {
     NoRoute,
     /// The backend has no endpoint to send to.
     NoEndpoint,
+    /// The backend has as many requests as it may have.
+    Crowded(Crowded),
     /// This machine has no file descriptor or port left for a connection.
     Exhausted(io::Error),
     /// The endpoint cannot be reached.
     Connect(io::Error),
     /// The connection did not stand in time.
     ConnectTimeout,
+    /// The connection broke before the request was on its way.
+    Unsent(hyper::Error),
     /// The connection broke before the response.
     Terminated(hyper::Error),
     /// The endpoint coded its response in a way that is not undone here.
@@ -96,9 +103,37 @@ impl ProxyError {
             SendError::Connect(error) => Self::Connect(error),
             SendError::ConnectTimeout => Self::ConnectTimeout,
             SendError::NoTunnel => Self::UpgradeFailed,
+            SendError::Unsent(error) => Self::Unsent(error),
+            SendError::Exchange(error) if is_refusal(&error) => Self::Unsent(error),
             SendError::Exchange(error) if error.is_parse() => Self::Malformed(error),
             SendError::Exchange(error) => Self::Terminated(error),
         }
+    }
+
+    /// What it means for sending the request again; `None` where that is out of the question.
+    pub fn trouble(&self) -> Option<Trouble> {
+        match self {
+            Self::Connect(_)
+            | Self::ConnectTimeout
+            | Self::Unsent(_)
+            | Self::Crowded(_)
+            | Self::Exhausted(_) => Some(Trouble::Unsent),
+            Self::Terminated(_) | Self::Malformed(_) => Some(Trouble::Broken),
+            Self::Timeout => Some(Trouble::Timeout),
+            _ => None,
+        }
+    }
+
+    /// True when it says something about the endpoint.
+    pub fn blames_endpoint(&self) -> bool {
+        matches!(
+            self,
+            Self::Connect(_)
+                | Self::ConnectTimeout
+                | Self::Terminated(_)
+                | Self::Malformed(_)
+                | Self::Timeout
+        )
     }
 
     /// The status that the client is sent.
@@ -115,9 +150,12 @@ impl ProxyError {
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::TransferCoding => StatusCode::NOT_IMPLEMENTED,
             Self::NoRoute | Self::NoMethod => StatusCode::NOT_FOUND,
-            Self::NoEndpoint | Self::Exhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NoEndpoint | Self::Crowded(_) | Self::Exhausted(_) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::ClientGone => client_gone(),
             Self::Connect(_)
+            | Self::Unsent(_)
             | Self::Terminated(_)
             | Self::Malformed(_)
             | Self::UnknownCoding
@@ -136,7 +174,7 @@ impl ProxyError {
             | Self::RequestStalled
             | Self::Untranslatable
             | Self::NoMethod => "http_request_error",
-            Self::Exhausted(_) => "connection_limit_reached",
+            Self::Exhausted(_) | Self::Crowded(_) => "connection_limit_reached",
             Self::MethodNotAllowed
             | Self::TransferCoding
             | Self::UriTooLong
@@ -147,7 +185,7 @@ impl ProxyError {
             Self::NoEndpoint => "destination_unavailable",
             Self::Connect(error) => connect_token(error),
             Self::ConnectTimeout => "connection_timeout",
-            Self::Terminated(_) => "connection_terminated",
+            Self::Unsent(_) | Self::Terminated(_) => "connection_terminated",
             Self::Malformed(_) => "http_protocol_error",
             Self::UnknownCoding => "http_response_transfer_coding",
             Self::UnaskedUpgrade | Self::UpgradeFailed => "http_upgrade_failed",
@@ -186,7 +224,7 @@ impl ProxyError {
             }
             Self::Untranslatable => grpc::Status::INVALID_ARGUMENT,
             Self::ClientGone => grpc::Status::CANCELLED,
-            Self::Terminated(error) => grpc::Status::from_broken(error),
+            Self::Unsent(error) | Self::Terminated(error) => grpc::Status::from_broken(error),
             _ => grpc::Status::from_http(self.status()),
         }
     }
@@ -219,6 +257,9 @@ impl ProxyError {
             HeaderValue::from_static("text/plain; charset=utf-8"),
         );
         self.set_proxy_status(headers);
+        if matches!(self, Self::Crowded(_)) {
+            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        }
         if matches!(self, Self::TransferCoding) {
             // Whoever sends such a request may see its end somewhere else than we do.
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
@@ -273,7 +314,8 @@ impl ProxyError {
             Self::NoEndpoint => "no endpoint is available",
             Self::Connect(_) => "the upstream cannot be reached",
             Self::ConnectTimeout => "the upstream did not accept the connection in time",
-            Self::Terminated(_) => "the upstream closed the connection",
+            Self::Crowded(_) => "the upstream has as many requests as it may have",
+            Self::Unsent(_) | Self::Terminated(_) => "the upstream closed the connection",
             Self::Malformed(_) => "the upstream's response is malformed",
             Self::UnknownCoding => "the upstream's response has an unknown transfer coding",
             Self::UnaskedUpgrade => "the upstream switched protocols without being asked",
@@ -305,6 +347,18 @@ fn connect_token(error: &io::Error) -> &'static str {
 /// What went wrong in a TLS handshake.
 fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref()?.downcast_ref()
+}
+
+/// True when an endpoint of HTTP/2 has not begun with the request: it has refused it, or has taken its
+/// leave before it came (RFC 9113 sections 6.8 and 8.7).
+fn is_refusal(error: &hyper::Error) -> bool {
+    let cause =
+        std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<h2::Error>());
+    cause.is_some_and(|cause| {
+        let refused = cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM);
+        let left = cause.is_go_away() && cause.reason() == Some(h2::Reason::NO_ERROR);
+        cause.is_remote() && (refused || left)
+    })
 }
 
 /// True for what this machine lacks, whatever the endpoint does.

@@ -8,9 +8,9 @@ use http::header::{HOST, HeaderMap, USER_AGENT};
 use http::{Request, Response, StatusCode, Version};
 use tokio::time::Instant;
 
-use crate::backend::Endpoint;
+use crate::backend::{Backend, Crowded, Endpoint};
 use crate::routing::Decision;
-use crate::snapshot::Route;
+use crate::snapshot::{FailedOver, Route, RouteTarget};
 use crate::telemetry::access_log::{Line, LogValue, WorkerLog};
 use crate::telemetry::metrics::{MethodLabel, Protocol, TargetMetrics, WorkerMetrics};
 use crate::telemetry::trace_context::TraceContext;
@@ -30,12 +30,16 @@ const CLIENT_GONE: &str = "client_gone";
 pub struct Exchange {
     metrics: Rc<WorkerMetrics>,
     started: Instant,
-    /// When a backend had been chosen.
-    decided: Instant,
+    /// When it was last sent on its way to an endpoint.
+    sent_at: Instant,
+    /// How often it was.
+    attempts: u32,
     method: MethodLabel,
     protocol: Protocol,
     /// What it counts for; for none before it is decided.
     target: Option<Arc<TargetMetrics>>,
+    /// How that failed, if the baseline answers instead; boxed, since few do.
+    shielded: Option<Box<Shielded>>,
     /// What the client is sent; `None` until something is.
     status: Option<StatusCode>,
     /// The request's own body, which may still be on its way.
@@ -65,6 +69,18 @@ struct Tunnelled {
     bytes_in: u64,
 }
 
+/// How a version failed a request that the baseline answers instead. It counts for the version with
+/// this, and not for the baseline, whose figures it must neither spoil nor embellish.
+#[derive(Debug)]
+struct Shielded {
+    by: Arc<TargetMetrics>,
+    /// What the client would have got.
+    status: StatusCode,
+    grpc: Option<grpc::Status>,
+    /// After how long.
+    after: Duration,
+}
+
 /// Whether a request is a call of gRPC, and how that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Grpc {
@@ -80,6 +96,8 @@ enum Grpc {
 #[derive(Debug)]
 struct Entry {
     line: Line,
+    /// The last one that it was sent to.
+    endpoint: Option<Arc<Endpoint>>,
     upstream: Option<Duration>,
     error: Option<&'static str>,
 }
@@ -97,10 +115,12 @@ impl Exchange {
         Self {
             metrics: Rc::clone(metrics),
             started,
-            decided: started,
+            sent_at: started,
+            attempts: 0,
             method: MethodLabel::from(request.method()),
             protocol: Protocol::from(request.version()),
             target: None,
+            shielded: None,
             status: None,
             request_body: None,
             bytes_out: 0,
@@ -174,9 +194,9 @@ impl Exchange {
         self.started
     }
 
-    /// When it was decided which backend it goes to.
-    pub fn decided_at(&self) -> Instant {
-        self.decided
+    /// When it was last sent on its way to an endpoint.
+    pub fn sent_at(&self) -> Instant {
+        self.sent_at
     }
 
     /// It is known who sent it.
@@ -189,12 +209,22 @@ impl Exchange {
         }
     }
 
-    /// From now on it counts for the target of this decision.
-    pub fn decided(&mut self, route: &Route, decision: &Decision<'_>) {
+    /// From now on it counts for the target of this decision; another one would have had it that
+    /// takes none.
+    pub fn decided(
+        &mut self,
+        route: &Route,
+        decision: &Decision<'_>,
+        failed_over: Option<FailedOver>,
+    ) {
+        if let Some(FailedOver { from, cause }) = failed_over {
+            let from = &route.targets[from].metrics;
+            from.count_failover(&self.metrics.all, cause.as_str());
+        }
         let target = &route.targets[decision.target];
         target.metrics.in_flight().rise();
         self.target = Some(Arc::clone(&target.metrics));
-        self.decided = Instant::now();
+        self.sent_at = Instant::now();
         target
             .metrics
             .count_decision(&self.metrics.all, decision.reason);
@@ -204,23 +234,78 @@ impl Exchange {
     }
 
     /// It is on its way to this endpoint, and its body with it.
-    pub fn sent_to(&mut self, endpoint: &Endpoint, body: Progress) {
+    pub fn sent_to(&mut self, endpoint: &Arc<Endpoint>, body: Progress) {
         self.request_body = Some(body);
+        self.attempts += 1;
         if let Some(entry) = &mut self.entry {
-            entry.text("endpoint", &endpoint.authority);
+            entry.endpoint = Some(Arc::clone(endpoint));
         }
     }
 
-    /// The head of the upstream's response is here.
-    pub fn answered(&mut self, status: StatusCode) {
-        let upstream = self.decided.elapsed();
+    /// What went before has failed; it is sent on its way again at this time.
+    pub fn begins_again(&mut self, now: Instant) {
+        self.sent_at = now;
+    }
+
+    /// It is sent to the same version once more, or not, since too many are.
+    pub fn retried(&self, is_within_budget: bool) {
+        let result = if is_within_budget {
+            "sent"
+        } else {
+            "over_budget"
+        };
+        if let Some(target) = self.serving() {
+            target.count_retry(&self.metrics.all, result);
+        }
+    }
+
+    /// It waited for room at a backend in vain.
+    pub fn found_no_room(&self, backend: &Backend, why: Crowded) {
+        let labels = [("backend", &*backend.name), ("cause", why.as_str())];
+        let overflows = "serin_backend_overflows_total";
+        self.metrics.all.counter(overflows, &labels).increment(1);
+    }
+
+    /// The version has failed it with this, and the baseline answers instead.
+    pub fn shielded_by(
+        &mut self,
+        baseline: &RouteTarget,
+        status: StatusCode,
+        grpc: Option<grpc::Status>,
+    ) {
         if let Some(target) = &self.target {
+            target.in_flight().fall();
+        }
+        baseline.metrics.in_flight().rise();
+        self.shielded = Some(Box::new(Shielded {
+            by: Arc::clone(&baseline.metrics),
+            status,
+            grpc: grpc.filter(|_| self.is_grpc()),
+            after: self.started.elapsed(),
+        }));
+        if let Some(entry) = &mut self.entry {
+            entry.text("shielded_by", &baseline.backend.name);
+        }
+    }
+
+    /// An attempt has brought no response.
+    pub fn attempt_failed(&self, error: &'static str) {
+        if let Some(target) = self.serving() {
+            target.count_upstream_error(&self.metrics.all, error);
+        }
+    }
+
+    /// The head of the upstream's response is here; how long it took.
+    pub fn answered(&mut self, status: StatusCode) -> Duration {
+        let upstream = self.sent_at.elapsed();
+        if let (Some(target), None) = (&self.target, &self.shielded) {
             target.count_response_head(self.metrics.worker, upstream);
         }
         if let Some(entry) = &mut self.entry {
             entry.upstream = Some(upstream);
         }
         self.status = Some(status);
+        upstream
     }
 
     /// From now on it is a tunnel. Its latency ends here, or tunnels that stand for hours would say
@@ -230,7 +315,7 @@ impl Exchange {
             after: self.started.elapsed(),
             bytes_in: 0,
         }));
-        if let Some(target) = &self.target {
+        if let Some(target) = self.serving() {
             target.tunnels().rise();
         }
     }
@@ -288,11 +373,20 @@ impl Exchange {
 
     /// The upstream brought no whole response.
     pub fn upstream_failed(&mut self, error: &'static str) {
-        if let Some(target) = &self.target {
-            target.count_upstream_error(&self.metrics.all, error);
-        }
+        self.attempt_failed(error);
         self.has_failed = true;
         self.failed(error);
+    }
+
+    /// True when it ended, or is going to end, as a call that failed by the version's fault.
+    pub fn is_failed_call(&self) -> bool {
+        matches!(self.grpc, Grpc::Ended(status) if status.is_failure())
+    }
+
+    /// What serves it now.
+    fn serving(&self) -> Option<&Arc<TargetMetrics>> {
+        let baseline = self.shielded.as_ref().map(|shielded| &shielded.by);
+        baseline.or(self.target.as_ref())
     }
 
     /// It took longer than its route allows, and the client was the slow one.
@@ -329,6 +423,34 @@ impl Exchange {
             entry.error = Some(error);
         }
     }
+
+    /// Counts it once, for the version that it was decided on and by what that made of it.
+    fn count(&self, status: StatusCode, grpc: Option<grpc::Status>, duration: Duration) {
+        let WorkerMetrics { all, worker } = &*self.metrics;
+        let target = self.target.as_ref().unwrap_or(all.unrouted());
+        let (code, grpc, duration) = match &self.shielded {
+            Some(failed) => (failed.status, failed.grpc, failed.after),
+            None => (
+                status,
+                grpc,
+                self.tunnel.as_ref().map_or(duration, |tunnel| tunnel.after),
+            ),
+        };
+        target.count_request(all, *worker, self.method, code, self.protocol, duration);
+        if let Some(grpc) = grpc {
+            target.count_grpc(all, grpc.as_str());
+        }
+        if self.shielded.is_some() {
+            target.count_shielded(all, status);
+        }
+        if self.has_failed
+            || self.shielded.is_some()
+            || code.is_server_error()
+            || grpc.is_some_and(grpc::Status::is_failure)
+        {
+            target.count_failure();
+        }
+    }
 }
 
 impl Drop for Exchange {
@@ -339,25 +461,9 @@ impl Drop for Exchange {
             status = translation.status(ended);
         }
         let duration = self.started.elapsed();
-        let metrics = &self.metrics;
-        let target = self.target.as_ref().unwrap_or(metrics.all.unrouted());
-        target.count_request(
-            &metrics.all,
-            metrics.worker,
-            self.method,
-            status,
-            self.protocol,
-            self.tunnel.as_ref().map_or(duration, |tunnel| tunnel.after),
-        );
         let grpc = self.grpc_status(status);
-        if let Some(grpc) = grpc {
-            target.count_grpc(&metrics.all, grpc.as_str());
-        }
-        if self.has_failed || status.is_server_error() || grpc.is_some_and(grpc::Status::is_failure)
-        {
-            target.count_failure();
-        }
-        if let Some(target) = &self.target {
+        self.count(status, grpc, duration);
+        if let Some(target) = self.serving() {
             target.in_flight().fall();
             if self.tunnel.is_some() {
                 target.tunnels().fall();
@@ -372,7 +478,7 @@ impl Drop for Exchange {
             }
             let body = self.request_body.as_ref().map_or(0, Progress::bytes);
             let bytes_in = body + self.tunnel.as_ref().map_or(0, |tunnel| tunnel.bytes_in);
-            entry.end(status, duration, bytes_in, self.bytes_out);
+            entry.end(status, duration, bytes_in, self.bytes_out, self.attempts);
         }
     }
 }
@@ -409,6 +515,7 @@ impl Entry {
         }
         Self {
             line,
+            endpoint: None,
             upstream: None,
             error: None,
         }
@@ -428,12 +535,24 @@ impl Entry {
         }
     }
 
-    fn end(self, status: StatusCode, duration: Duration, bytes_in: u64, bytes_out: u64) {
+    fn end(
+        self,
+        status: StatusCode,
+        duration: Duration,
+        bytes_in: u64,
+        bytes_out: u64,
+        attempts: u32,
+    ) {
         let Self {
             mut line,
+            endpoint,
             upstream,
             error,
         } = self;
+        if let Some(endpoint) = endpoint {
+            line.field("endpoint", LogValue::Text(&endpoint.authority));
+            line.field("attempts", LogValue::Number(attempts.into()));
+        }
         line.field("status", LogValue::Number(status.as_u16().into()));
         if let Some(upstream) = upstream {
             line.field("upstream_ms", LogValue::Milliseconds(upstream));

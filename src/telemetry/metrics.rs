@@ -73,6 +73,9 @@ pub struct TargetMetrics {
     upstream_errors: Family<&'static str>,
     grpc_responses: Family<&'static str>,
     failures: Counter,
+    retries: Family<&'static str>,
+    shielded: Family<StatusCode>,
+    failovers: Family<&'static str>,
     decisions: [OnceLock<Counter>; Reason::ALL.len()],
     latencies: Arc<Latencies>,
     in_flight: Arc<Level>,
@@ -169,6 +172,40 @@ const DEFINITIONS: &[Definition] = &[
         "serin_upstream_errors_total",
         "Attempts that brought no whole response, by RFC 9209 error type.",
     ),
+    counter(
+        "serin_retries_total",
+        "Requests sent to the same version once more (result \"sent\"), or not, since too many were (\"over_budget\").",
+    ),
+    counter(
+        "serin_shielded_requests_total",
+        "Requests that this version failed and the baseline answered instead, by the status that the client got.",
+    ),
+    counter(
+        "serin_failovers_total",
+        "Requests meant for this version that another one got, since it takes none.",
+    ),
+    counter(
+        "serin_backend_overflows_total",
+        "Requests that found no room at a backend, by cause.",
+    ),
+    gauge(
+        REQUESTS_QUEUED,
+        None,
+        "Requests that wait for room at a backend.",
+    ),
+    counter(
+        "serin_ejections_total",
+        "Endpoints ejected for what requests say of them, by cause.",
+    ),
+    counter(
+        "serin_health_checks_total",
+        "Answers to health checks, by result.",
+    ),
+    gauge(
+        ENDPOINT_HEALTHY,
+        None,
+        "1 for an endpoint that nothing speaks against, 0 for one that is unchecked, unhealthy or ejected.",
+    ),
     gauge(
         "serin_backend_weight",
         None,
@@ -242,6 +279,11 @@ const DEFINITIONS: &[Definition] = &[
         "The build: its version; always 1.",
     ),
 ];
+
+/// Read from the snapshot in force.
+pub const ENDPOINT_HEALTHY: &str = "serin_endpoint_healthy";
+/// Read from the snapshot in force.
+pub const REQUESTS_QUEUED: &str = "serin_backend_requests_queued";
 
 const CONFIG_INFO: &str =
     "The configuration in force: its revision and the hash of its file; always 1.";
@@ -386,6 +428,9 @@ impl Metrics {
             grpc_responses: Family::default(),
             // There from the start: an increase from nothing is invisible to Prometheus.
             failures: self.counter("serin_request_failures_total", &labels.pairs()),
+            retries: Family::default(),
+            shielded: Family::default(),
+            failovers: Family::default(),
             decisions: Default::default(),
             latencies: self.latencies(labels),
             in_flight: self.level("serin_requests_in_flight", &labels.pairs()),
@@ -510,6 +555,42 @@ impl TargetMetrics {
         self.failures.increment(1);
     }
 
+    /// Counts a request that was sent to it once more, or would have been if there were not too many.
+    pub fn count_retry(&self, metrics: &Metrics, result: &'static str) {
+        let labels = [
+            ("route", &*self.labels.route),
+            ("backend", &*self.labels.backend),
+            ("result", result),
+        ];
+        self.retries
+            .get(result, || metrics.counter("serin_retries_total", &labels))
+            .increment(1);
+    }
+
+    /// Counts a request that it failed and the baseline answered with this status.
+    pub fn count_shielded(&self, metrics: &Metrics, status: StatusCode) {
+        self.shielded
+            .get(status, || {
+                let [route, backend, version] = self.labels.pairs();
+                let code = ("code", status.as_str());
+                let labels = [route, backend, version, code];
+                metrics.counter("serin_shielded_requests_total", &labels)
+            })
+            .increment(1);
+    }
+
+    /// Counts a request that another target gets, since this one takes none for this reason.
+    pub fn count_failover(&self, metrics: &Metrics, cause: &'static str) {
+        let labels = [
+            ("route", &*self.labels.route),
+            ("backend", &*self.labels.backend),
+            ("cause", cause),
+        ];
+        self.failovers
+            .get(cause, || metrics.counter("serin_failovers_total", &labels))
+            .increment(1);
+    }
+
     /// The number of its tunnels.
     pub fn tunnels(&self) -> &Arc<Level> {
         &self.tunnels
@@ -632,6 +713,13 @@ pub fn documented() -> impl Iterator<Item = (&'static str, &'static str)> {
         .iter()
         .map(|definition| (definition.name, definition.help));
     histograms.chain(others)
+}
+
+/// What a metric means; nothing for one that there is not.
+pub fn help(name: &str) -> &'static str {
+    let mut all = documented();
+    all.find(|(known, _)| *known == name)
+        .map_or("", |(_, help)| help)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -92,9 +92,12 @@ async fn dial(to: &To<'_>) -> io::Result<(Stream, bool)> {
     let mut stream = TcpStream::connect(to.endpoint.address).await?;
     stream.set_nodelay(true)?;
     let transport = &to.backend.transport;
-    if let (Some(version), Some((client, listener))) = (transport.proxy_protocol, to.addresses) {
-        let header = proxy_protocol::header(version, *client, *listener)?;
-        stream.write_all(&header).await?;
+    if let Some(version) = transport.proxy_protocol {
+        let header = match to.addresses {
+            Some((client, listener)) => proxy_protocol::header(version, *client, *listener),
+            None => proxy_protocol::own_header(version),
+        };
+        stream.write_all(&header?).await?;
     }
     match &transport.tls {
         None => {
@@ -127,7 +130,7 @@ where
 {
     let (sender, driver) = http1::handshake::<_, B>(AnsweredEarly::new(stream))
         .await
-        .map_err(SendError::Exchange)?;
+        .map_err(|error| SendError::Connect(io::Error::other(error)))?;
     let task = tokio::task::spawn_local(async move {
         let _up = up;
         if let Err(error) = driver.with_upgrades().await {
@@ -164,7 +167,7 @@ where
         .max_local_error_reset_streams(None)
         .handshake::<_, B>(stream)
         .await
-        .map_err(SendError::Exchange)?;
+        .map_err(|error| SendError::Connect(io::Error::other(error)))?;
     let driver = Rc::new(Driver(RefCell::new(Some(Box::pin(driver)))));
     let (driven, watched) = (Rc::clone(&driver), Rc::clone(&settings));
     tokio::task::spawn_local(async move {

@@ -133,7 +133,7 @@ impl Opening {
                 Failure::Connect(error.kind(), error.raw_os_error(), error.to_string())
             }
             SendError::ConnectTimeout => Failure::Timeout,
-            SendError::Exchange(error) => {
+            SendError::Exchange(error) | SendError::Unsent(error) => {
                 Failure::Connect(io::ErrorKind::Other, None, error.to_string())
             }
             SendError::NoTunnel => return,

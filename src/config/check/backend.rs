@@ -9,13 +9,19 @@ use crate::config::document::Path;
 use crate::config::{Backend, file, value};
 
 use super::Checker;
+use super::resilience::Resilience;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 const POOL_MAX_IDLE: u32 = 256;
 
 impl Checker<'_> {
-    pub(super) fn backend(&mut self, backend: &file::Backend, at: &Path) -> Option<Backend> {
+    pub(super) fn backend(
+        &mut self,
+        backend: &file::Backend,
+        routes: &[file::Route],
+        at: &Path,
+    ) -> Option<Backend> {
         let name = self.name(&backend.name, at);
         if value::header_value(&backend.version).is_err() {
             self.error(
@@ -45,6 +51,14 @@ impl Checker<'_> {
         let connections = self.connection_policy(backend, at);
         let transport = self.transport(backend, at);
         let (transport, own_certificate) = transport.unzip();
+        let resilience = self.resilience(backend, routes, at);
+        let Resilience {
+            gate_limits,
+            health_check,
+            outliers,
+            slow_start,
+            panic_threshold,
+        } = resilience?;
         Some(Backend {
             name: name?,
             version: backend.version.as_str().into(),
@@ -55,6 +69,11 @@ impl Checker<'_> {
             connections: connections?,
             transport: transport?,
             own_certificate: own_certificate?,
+            gate_limits,
+            health_check,
+            outliers,
+            slow_start,
+            panic_threshold,
         })
     }
 
@@ -86,6 +105,7 @@ impl Checker<'_> {
             connect_timeout: connect_timeout?,
             idle_timeout: idle_timeout?,
             max_idle: backend.pool.max_idle.unwrap_or(POOL_MAX_IDLE) as usize,
+            most: backend.limits.connections.map(|most| most as usize),
         })
     }
 

@@ -189,7 +189,7 @@ impl Checker<'_> {
         lists: &mut Names,
     ) -> Option<Rule> {
         let name = self.name(&rule.name, at);
-        let target = self.rule_target(rule, at, route, backends);
+        let target = self.own_backend(&rule.backend, &at.key("backend"), route, backends);
         let user_list =
             self.resolve_optional(rule.user_list.as_deref(), &at.key("userList"), lists);
         let conditions = self.conditions(rule, at);
@@ -214,17 +214,15 @@ impl Checker<'_> {
         })
     }
 
-    fn rule_target(
+    /// The position of a backend that is named somewhere in a route and must be one of its own.
+    pub(super) fn own_backend(
         &mut self,
-        rule: &file::Rule,
+        name: &str,
         at: &Path,
         route: &file::Route,
         backends: &Names,
     ) -> Option<Target> {
-        let target = route
-            .backend_refs
-            .iter()
-            .position(|one| one.name == rule.backend);
+        let target = route.backend_refs.iter().position(|one| one.name == name);
         // A reference that leads nowhere may have been meant to be this one.
         let all_known = !backends.nameless
             && !self.document.has_nameless(&backend_refs_of(at))
@@ -235,18 +233,14 @@ impl Checker<'_> {
         let lost = self
             .document
             .lost_names(&backend_refs_of(at))
-            .any(|name| name == rule.backend);
+            .any(|lost| lost == name);
         if target.is_none() && all_known && !lost {
-            let message = format!(
-                "backend `{}` is none of this route's backendRefs",
-                rule.backend
-            );
-            let hint = did_you_mean(
-                &rule.backend,
-                route.backend_refs.iter().map(|one| one.name.as_str()),
-            )
-            .unwrap_or_else(|| "list it there with weight 0 to reach it by rule alone".to_owned());
-            self.error(&at.key("backend"), message, Some(hint));
+            let message = format!("backend `{name}` is none of this route's backendRefs");
+            let hint = did_you_mean(name, route.backend_refs.iter().map(|one| one.name.as_str()))
+                .unwrap_or_else(|| {
+                    "list it there with weight 0 to reach it by rule alone".to_owned()
+                });
+            self.error(at, message, Some(hint));
         }
         target
     }

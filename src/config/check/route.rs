@@ -53,6 +53,8 @@ impl Checker<'_> {
             backend_names,
         );
         let gray = self.gray(route, &at.key("gray"), backend_names, list_names);
+        let failover = self.failover(route, &at.key("failover"), backend_names);
+        let rescue = self.rescue(route, at);
         let timeouts = self.route_timeouts(&route.timeouts, &at.key("timeouts"));
         let [request_timeout, backend_timeout, tunnel_idle] = timeouts?;
         Some(Route {
@@ -68,6 +70,8 @@ impl Checker<'_> {
             backend_timeout,
             tunnel_idle,
             gray: gray?,
+            failover: failover?,
+            rescue: rescue?,
             expose_version: route.expose_version,
         })
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{DURATION_PATTERN, Size};
+use super::{BackendLimits, DURATION_PATTERN, HealthCheck, OutlierDetection, Size};
 
 /// One version of a service: its upstream pool.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
@@ -46,6 +46,26 @@ pub struct Backend {
     /// How HTTP/2 is spoken with its endpoints.
     #[serde(default)]
     pub http2: BackendHttp2,
+    /// Asks its endpoints regularly whether they are well (default: they are not asked). A new endpoint
+    /// gets no requests before its first good answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health_check: Option<HealthCheck>,
+    /// Ejects endpoints that do badly with requests.
+    #[serde(default)]
+    pub outlier_detection: OutlierDetection,
+    /// With fewer than so many percent of its endpoints well, all of them get requests (default 50 for
+    /// the baseline of some route, else 0: nobody is sent to endpoints that are not well).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 100))]
+    pub panic_threshold_percent: Option<u32>,
+    /// How long an endpoint that is let in again takes to get its full part of the requests (default
+    /// 10s; 0s: it gets it at once).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = DURATION_PATTERN))]
+    pub slow_start: Option<String>,
+    /// How much it takes at a time.
+    #[serde(default)]
+    pub limits: BackendLimits,
 }
 
 /// What is spoken with the endpoints of a backend.

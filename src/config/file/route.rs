@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{DURATION_PATTERN, Filter, Gray, Size};
+use super::{DURATION_PATTERN, Failover, Filter, Gray, Retry, Shield, Size};
 
 /// Which requests go where.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
@@ -39,6 +39,15 @@ pub struct Route {
     /// Who gets which version.
     #[serde(default)]
     pub gray: Gray,
+    /// What becomes of the users of a version that takes no requests.
+    #[serde(default)]
+    pub failover: Failover,
+    /// Which failed requests are sent once more.
+    #[serde(default)]
+    pub retry: Retry,
+    /// Which failed requests of other versions are answered by the baseline.
+    #[serde(default)]
+    pub shield: Shield,
     /// Sends `X-Service-Version` with the response.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub expose_version: bool,

@@ -1,0 +1,377 @@
+//! The servers of backends, as living state: what outlives snapshots.
+//!
+//! An endpoint counts what requests say of it and knows why it gets none. Who decides that is
+//! [`health`](crate::health): requests only count, and raise an alarm when there is something to
+//! decide, so that there is a single place where endpoints are taken out and let in again.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::gate::{Gate, Pass};
+use super::outlier::{Sample, log_latency};
+
+/// Names an endpoint for as long as the process runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct EndpointId(u64);
+
+/// One server of a backend.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// Its name within the process.
+    pub id: EndpointId,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// The same as text.
+    pub authority: Box<str>,
+    in_flight: AtomicUsize,
+    /// That of its backend.
+    gate: Arc<Gate>,
+    /// Why it gets no requests: a bit for each [`Impediment`], and nearly always none.
+    impediments: AtomicU8,
+    /// When it was let in again, in milliseconds of its life and at least 1; 0 for long ago.
+    readmitted: AtomicU64,
+    born: Instant,
+    tally: Tally,
+    alarm: Arc<Notify>,
+}
+
+/// Why an endpoint gets no requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Impediment {
+    /// Its backend has health checks, and it has not passed one yet.
+    Unchecked = 1,
+    /// It does not pass them.
+    Unhealthy = 2,
+    /// It did badly with requests.
+    Ejected = 4,
+}
+
+/// What requests say of an endpoint.
+#[derive(Debug, Default)]
+struct Tally {
+    consecutive_failures: AtomicU32,
+    /// At so many of them the alarm is raised; 0 for never.
+    alarm_at: AtomicU32,
+    requests: AtomicU32,
+    failures: AtomicU32,
+    log_latency: AtomicU64,
+}
+
+/// The right to send one request to an endpoint; counts as in flight, at it and at its backend,
+/// until it is dropped.
+#[derive(Debug)]
+pub struct Lease {
+    endpoint: Arc<Endpoint>,
+}
+
+/// All endpoints of the process by backend and address: what carries them from one snapshot to the
+/// next.
+#[derive(Debug, Default)]
+pub struct Endpoints {
+    known: HashMap<(Arc<str>, SocketAddr), Arc<Endpoint>>,
+    gates: HashMap<Arc<str>, Arc<Gate>>,
+    created: u64,
+    alarm: Arc<Notify>,
+}
+
+// === impl Endpoint ===
+
+impl Endpoint {
+    /// The right to send it one request, by a place in its backend.
+    pub fn lease(self: &Arc<Self>, pass: Pass<'_>) -> Lease {
+        // From here on the lease owes the place back.
+        pass.hand_on();
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        Lease {
+            endpoint: Arc::clone(self),
+        }
+    }
+
+    /// Requests sent to it whose response has not ended.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// True when nothing speaks against sending it requests.
+    pub fn is_usable(&self) -> bool {
+        self.impediments.load(Ordering::Relaxed) == 0
+    }
+
+    /// True when it gets its full part of the requests; most of the time it does, and this is quick.
+    pub(super) fn is_settled(&self) -> bool {
+        self.is_usable() && self.readmitted.load(Ordering::Relaxed) == 0
+    }
+
+    /// The part of its requests that it gets at `now`, from 0 to 1, growing with time since it was let
+    /// in again.
+    pub(super) fn part(&self, now: Instant, slow_start: Duration) -> f64 {
+        match self.readmitted.load(Ordering::Relaxed) {
+            0 => 1.0,
+            since => {
+                let age = self.age(now).saturating_sub(since) as f64 / 1e3;
+                (age / slow_start.as_secs_f64().max(1e-3)).min(1.0)
+            }
+        }
+    }
+
+    /// Why it gets no requests.
+    pub fn impediments(&self) -> impl Iterator<Item = Impediment> {
+        let bits = self.impediments.load(Ordering::Relaxed);
+        Impediment::ALL
+            .into_iter()
+            .filter(move |one| bits & *one as u8 != 0)
+    }
+
+    /// True for one reason why it gets none.
+    pub fn is_impeded_by(&self, impediment: Impediment) -> bool {
+        self.impediments.load(Ordering::Relaxed) & impediment as u8 != 0
+    }
+
+    /// From now on it gets no requests for this reason; those that it has go on.
+    pub fn impede(&self, impediment: Impediment) {
+        self.impediments
+            .fetch_or(impediment as u8, Ordering::Relaxed);
+    }
+
+    /// This is no reason any more; when it was the last one, requests come back by and by.
+    pub fn relieve(&self, impediment: Impediment, now: Instant) {
+        let bit = impediment as u8;
+        let before = self.impediments.fetch_and(!bit, Ordering::Relaxed);
+        if before == bit && impediment != Impediment::Unchecked {
+            self.readmitted
+                .store(self.age(now).max(1), Ordering::Relaxed);
+        }
+    }
+
+    /// It was let in again long ago.
+    pub fn settle(&self, now: Instant, slow_start: Duration) {
+        if self.part(now, slow_start) >= 1.0 {
+            self.readmitted.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// The alarm is raised at so many failures in a row; `None` for never.
+    pub fn alarm_at(&self, failures: Option<u32>) {
+        let at = failures.unwrap_or(0);
+        if self.tally.alarm_at.load(Ordering::Relaxed) != at {
+            self.tally.alarm_at.store(at, Ordering::Relaxed);
+        }
+    }
+
+    /// True when it has failed so often in a row that the alarm was raised; counting begins anew.
+    pub fn take_alarm(&self) -> bool {
+        let at = self.tally.alarm_at.load(Ordering::Relaxed);
+        let failures = &self.tally.consecutive_failures;
+        let is_raised = at > 0 && failures.load(Ordering::Relaxed) >= at;
+        if is_raised {
+            failures.store(0, Ordering::Relaxed);
+        }
+        is_raised
+    }
+
+    /// What has been counted since the last time.
+    pub fn take_sample(&self) -> Sample {
+        Sample {
+            requests: self.tally.requests.swap(0, Ordering::Relaxed),
+            failures: self.tally.failures.swap(0, Ordering::Relaxed),
+            log_latency: self.tally.log_latency.swap(0, Ordering::Relaxed),
+        }
+    }
+
+    fn age(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.born).as_millis() as u64
+    }
+}
+
+// === impl Impediment ===
+
+impl Impediment {
+    const ALL: [Self; 3] = [Self::Unchecked, Self::Unhealthy, Self::Ejected];
+
+    /// The word for it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Unchecked => "unchecked",
+            Self::Unhealthy => "unhealthy",
+            Self::Ejected => "ejected",
+        }
+    }
+}
+
+// === impl Lease ===
+
+impl Lease {
+    /// Where the request goes.
+    pub fn endpoint(&self) -> &Arc<Endpoint> {
+        &self.endpoint
+    }
+
+    /// The endpoint has answered after so long.
+    pub fn answered(&self, latency: Duration) {
+        let tally = &self.endpoint.tally;
+        // Written only when it changes, since all workers share it.
+        if tally.consecutive_failures.load(Ordering::Relaxed) != 0 {
+            tally.consecutive_failures.store(0, Ordering::Relaxed);
+        }
+        tally.requests.fetch_add(1, Ordering::Relaxed);
+        tally
+            .log_latency
+            .fetch_add(log_latency(latency), Ordering::Relaxed);
+    }
+
+    /// The endpoint has failed: it could not be reached, did not answer as it should or in time, or
+    /// said that it cannot.
+    pub fn failed(&self) {
+        let tally = &self.endpoint.tally;
+        tally.requests.fetch_add(1, Ordering::Relaxed);
+        tally.failures.fetch_add(1, Ordering::Relaxed);
+        let failures = tally.consecutive_failures.fetch_add(1, Ordering::Relaxed) + 1;
+        let alarm_at = tally.alarm_at.load(Ordering::Relaxed);
+        if alarm_at > 0 && failures >= alarm_at {
+            self.endpoint.alarm.notify_one();
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.endpoint.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.endpoint.gate.leave();
+    }
+}
+
+// === impl Endpoints ===
+
+impl Endpoints {
+    /// The endpoint of `backend` at `address`, the living one where there is one. A new one of a
+    /// backend that `has_checks` has to pass one first.
+    pub fn get_or_create(
+        &mut self,
+        backend: &Arc<str>,
+        address: SocketAddr,
+        has_checks: bool,
+    ) -> Arc<Endpoint> {
+        let gate = self.gate(backend);
+        let (created, alarm) = (&mut self.created, &self.alarm);
+        let endpoint = self
+            .known
+            .entry((Arc::clone(backend), address))
+            .or_insert_with(|| {
+                *created += 1;
+                let impediments = if has_checks {
+                    Impediment::Unchecked as u8
+                } else {
+                    0
+                };
+                Arc::new(Endpoint {
+                    id: EndpointId(*created),
+                    address,
+                    authority: address.to_string().into(),
+                    in_flight: AtomicUsize::new(0),
+                    gate,
+                    impediments: AtomicU8::new(impediments),
+                    readmitted: AtomicU64::new(0),
+                    born: Instant::now(),
+                    tally: Tally::default(),
+                    alarm: Arc::clone(alarm),
+                })
+            });
+        Arc::clone(endpoint)
+    }
+
+    /// The gate of a backend, the living one where there is one.
+    pub fn gate(&mut self, backend: &Arc<str>) -> Arc<Gate> {
+        let gate = self.gates.entry(Arc::clone(backend)).or_default();
+        Arc::clone(gate)
+    }
+
+    /// Told when an endpoint has failed too often in a row.
+    pub fn alarm(&self) -> Arc<Notify> {
+        Arc::clone(&self.alarm)
+    }
+
+    /// Forgets what only this map still knows.
+    pub fn prune(&mut self) {
+        self.known
+            .retain(|_, endpoint| Arc::strong_count(endpoint) > 1);
+        self.gates.retain(|_, gate| Arc::strong_count(gate) > 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn endpoint(has_checks: bool) -> Arc<Endpoint> {
+        let address = ([127, 0, 0, 1], 1).into();
+        Endpoints::default().get_or_create(&"shop".into(), address, has_checks)
+    }
+
+    fn lease(endpoint: &Arc<Endpoint>) -> Lease {
+        let limits = crate::backend::GateLimits::default();
+        endpoint.lease(endpoint.gate.try_enter(&limits).unwrap())
+    }
+
+    #[test]
+    fn every_reason_must_be_gone_before_requests_come_back_by_and_by() {
+        let one = endpoint(false);
+        let now = one.born;
+        let slow_start = Duration::from_secs(10);
+        one.impede(Impediment::Ejected);
+        one.impede(Impediment::Unhealthy);
+        one.relieve(Impediment::Ejected, now);
+        assert!(!one.is_usable());
+        one.relieve(Impediment::Unhealthy, now);
+        assert!(one.is_usable() && !one.is_settled());
+        let after = |seconds| one.part(now + Duration::from_secs(seconds), slow_start);
+        assert!(after(0) < 0.01 && after(11) >= 1.0);
+        assert!((after(5) - 0.5).abs() < 0.01);
+        one.settle(now + Duration::from_secs(5), slow_start);
+        assert!(!one.is_settled());
+        one.settle(now + Duration::from_secs(11), slow_start);
+        assert!(one.is_settled());
+    }
+
+    #[test]
+    fn a_new_endpoint_with_checks_waits_for_its_first_and_then_gets_its_full_part() {
+        let new = endpoint(true);
+        assert!(!new.is_usable());
+        new.relieve(Impediment::Unchecked, new.born);
+        assert!(new.is_settled());
+    }
+
+    #[tokio::test]
+    async fn failures_in_a_row_raise_the_alarm_and_one_answer_begins_anew() {
+        let one = endpoint(false);
+        one.alarm_at(Some(3));
+        for _ in 0..2 {
+            lease(&one).failed();
+        }
+        lease(&one).answered(Duration::from_millis(1));
+        for _ in 0..2 {
+            lease(&one).failed();
+        }
+        assert!(!one.take_alarm());
+        lease(&one).failed();
+        one.alarm.notified().await;
+        assert!(one.take_alarm() && !one.take_alarm());
+        let sample = one.take_sample();
+        assert_eq!((sample.requests, sample.failures), (6, 5));
+        assert_eq!(one.take_sample(), Sample::default());
+    }
+
+    #[test]
+    fn a_lease_counts_at_the_endpoint_and_at_its_backend() {
+        let one = endpoint(false);
+        let lease = lease(&one);
+        assert_eq!((one.in_flight(), one.gate.inside()), (1, 1));
+        drop(lease);
+        assert_eq!((one.in_flight(), one.gate.inside()), (0, 0));
+    }
+}

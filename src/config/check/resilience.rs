@@ -1,0 +1,355 @@
+//! Checks what happens when endpoints fail: health, outliers, limits, failover, retries.
+
+use std::num::NonZeroU32;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::StatusCode;
+use http::header::HeaderValue;
+use http::uri::PathAndQuery;
+
+use crate::backend::health::Probe;
+use crate::backend::{GateLimits, HealthCheck, OutlierPolicy};
+use crate::config::document::Path;
+use crate::config::{Failover, file, value};
+use crate::routing::BASELINE;
+use crate::routing::rescue::{Rescue, Retry, RetryBudget, Shield, ShieldedRequests};
+use crate::routing::split::Ratio;
+
+use super::{Checker, Names};
+
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
+const HEALTHY_AFTER: u32 = 2;
+const UNHEALTHY_AFTER: u32 = 3;
+
+const CONSECUTIVE_FAILURES: u32 = 5;
+const COMPARE_INTERVAL: Duration = Duration::from_secs(10);
+const EJECTION: Duration = Duration::from_secs(30);
+const LONGEST_EJECTION: Duration = Duration::from_secs(300);
+const LEAST_REQUESTS: u32 = 100;
+const FAILURE_EXCESS_PERCENT: u32 = 10;
+const LATENCY_FACTOR: u32 = 5;
+
+const SLOW_START: Duration = Duration::from_secs(10);
+
+/// Retries that are allowed at any time.
+const LEAST_RETRIES: usize = 3;
+
+const PERCENT: RangeInclusive<u32> = 0..=100;
+const STATUSES: RangeInclusive<u16> = 200..=599;
+const FAILURES: RangeInclusive<u16> = 400..=599;
+
+/// What protects a baseline and would harm another version: with too few endpoints it goes on with
+/// all of them, while users of another version have the baseline to go to.
+struct Role {
+    most_ejected_percent: u32,
+    panic_percent: u32,
+}
+
+impl Role {
+    const BASELINE: Self = Self {
+        most_ejected_percent: 50,
+        panic_percent: 50,
+    };
+    const OTHER: Self = Self {
+        most_ejected_percent: 100,
+        panic_percent: 0,
+    };
+
+    fn of(backend: &file::Backend, routes: &[file::Route]) -> Self {
+        let is_baseline = |route: &file::Route| {
+            let first = route.backend_refs.get(BASELINE);
+            first.is_some_and(|first| first.name == backend.name)
+        };
+        if routes.iter().any(is_baseline) {
+            Self::BASELINE
+        } else {
+            Self::OTHER
+        }
+    }
+}
+
+/// What of a backend is about endpoints that fail.
+pub(super) struct Resilience {
+    pub(super) gate_limits: GateLimits,
+    pub(super) health_check: Option<Arc<HealthCheck>>,
+    pub(super) outliers: Option<OutlierPolicy>,
+    pub(super) slow_start: Duration,
+    pub(super) panic_threshold: Ratio,
+}
+
+impl Checker<'_> {
+    pub(super) fn resilience(
+        &mut self,
+        backend: &file::Backend,
+        routes: &[file::Route],
+        at: &Path,
+    ) -> Option<Resilience> {
+        let role = Role::of(backend, routes);
+        let gate_limits = self.gate_limits(&backend.limits, &at.key("limits"));
+        let health_check = match &backend.health_check {
+            Some(check) => self
+                .health_check(check, &at.key("healthCheck"))
+                .map(Arc::new)
+                .map(Some),
+            None => Some(None),
+        };
+        let outliers = self.outliers(
+            &backend.outlier_detection,
+            role.most_ejected_percent,
+            &at.key("outlierDetection"),
+        );
+        let slow_start = self.duration(
+            backend.slow_start.as_deref(),
+            SLOW_START,
+            &at.key("slowStart"),
+        );
+        let panic_threshold = self.percent(
+            backend.panic_threshold_percent,
+            role.panic_percent,
+            &at.key("panicThresholdPercent"),
+        );
+        Some(Resilience {
+            gate_limits: gate_limits?,
+            health_check: health_check?,
+            outliers: outliers?,
+            slow_start: slow_start?,
+            panic_threshold: panic_threshold?,
+        })
+    }
+
+    fn gate_limits(&mut self, limits: &file::BackendLimits, at: &Path) -> Option<GateLimits> {
+        let default = GateLimits::default();
+        let queue_timeout = self.duration(
+            limits.queue_timeout.as_deref(),
+            default.queue_timeout,
+            &at.key("queueTimeout"),
+        );
+        let in_flight = self.count(limits.in_flight, &at.key("inFlight"));
+        self.count(limits.connections, &at.key("connections"))?;
+        Some(GateLimits {
+            in_flight: in_flight?.unwrap_or(default.in_flight),
+            queue: limits.queue.map_or(default.queue, |queue| queue as usize),
+            queue_timeout: queue_timeout?,
+        })
+    }
+
+    /// A limit that would let nothing through if it were 0.
+    fn count(&mut self, count: Option<u32>, at: &Path) -> Option<Option<usize>> {
+        if count == Some(0) {
+            self.error(at, "with 0 nothing would get through", None);
+            return None;
+        }
+        Some(count.map(|count| count as usize))
+    }
+
+    fn health_check(&mut self, check: &file::HealthCheck, at: &Path) -> Option<HealthCheck> {
+        let probe = self.probe(check, at);
+        let interval = self.positive(
+            check.interval.as_deref(),
+            CHECK_INTERVAL,
+            &at.key("interval"),
+        );
+        let timeout = self.positive(check.timeout.as_deref(), CHECK_TIMEOUT, &at.key("timeout"));
+        let healthy_after = self.count(check.healthy_after, &at.key("healthyAfter"));
+        let unhealthy_after = self.count(check.unhealthy_after, &at.key("unhealthyAfter"));
+        healthy_after?;
+        unhealthy_after?;
+        Some(HealthCheck {
+            probe: probe?,
+            interval: interval?,
+            timeout: timeout?,
+            healthy_after: check.healthy_after.unwrap_or(HEALTHY_AFTER),
+            unhealthy_after: check.unhealthy_after.unwrap_or(UNHEALTHY_AFTER),
+        })
+    }
+
+    fn probe(&mut self, check: &file::HealthCheck, at: &Path) -> Option<Probe> {
+        match (&check.http, &check.tcp, &check.grpc) {
+            (Some(http), None, None) => self.http_probe(http, &at.key("http")),
+            (None, Some(_), None) => Some(Probe::Tcp),
+            (None, None, Some(grpc)) => Some(Probe::Grpc {
+                service: grpc.service.clone(),
+            }),
+            (None, None, None) if self.document.is_maimed(at) => None,
+            _ => {
+                let message = "a health check is exactly one of `http`, `tcp` and `grpc`";
+                self.error(at, message, None);
+                None
+            }
+        }
+    }
+
+    fn http_probe(&mut self, http: &file::HttpCheck, at: &Path) -> Option<Probe> {
+        let path = self.parse(&http.path, &at.key("path"), |text| {
+            let path = Some(text).filter(|text| text.starts_with('/'));
+            path.and_then(|path| path.parse::<PathAndQuery>().ok())
+                .ok_or_else(|| "is not a path such as `/healthz`".to_owned())
+        });
+        let host = self.optional(http.hostname.as_deref(), &at.key("hostname"), |text| {
+            value::hostname(text)?;
+            HeaderValue::from_str(text).map_err(|_| "is not a host name".to_owned())
+        });
+        let statuses = self.statuses(&http.statuses, STATUSES, &at.key("statuses"));
+        Some(Probe::Http {
+            path: path?,
+            host: host?,
+            statuses: statuses?,
+        })
+    }
+
+    fn outliers(
+        &mut self,
+        outliers: &file::OutlierDetection,
+        most_ejected_percent: u32,
+        at: &Path,
+    ) -> Option<Option<OutlierPolicy>> {
+        let interval = self.positive(
+            outliers.interval.as_deref(),
+            COMPARE_INTERVAL,
+            &at.key("interval"),
+        );
+        let ejection = self.positive(outliers.ejection.as_deref(), EJECTION, &at.key("ejection"));
+        let longest = self.positive(
+            outliers.max_ejection.as_deref(),
+            LONGEST_EJECTION,
+            &at.key("maxEjection"),
+        );
+        let most_ejected = self.percent(
+            outliers.max_ejected_percent,
+            most_ejected_percent,
+            &at.key("maxEjectedPercent"),
+        );
+        let excess = self.percent(
+            outliers.failure_excess_percent,
+            FAILURE_EXCESS_PERCENT,
+            &at.key("failureExcessPercent"),
+        );
+        let consecutive = outliers
+            .consecutive_failures
+            .unwrap_or(CONSECUTIVE_FAILURES);
+        let factor = outliers.latency_factor.unwrap_or(LATENCY_FACTOR);
+        let policy = OutlierPolicy {
+            consecutive: NonZeroU32::new(consecutive),
+            interval: interval?,
+            ejection: ejection?,
+            longest_ejection: longest?,
+            most_ejected: most_ejected?,
+            least_requests: outliers.min_requests.unwrap_or(LEAST_REQUESTS).max(10),
+            failure_excess: excess.map(|excess| Some(excess).filter(|one| one.0 > 0))?,
+            latency_factor: NonZeroU32::new(factor),
+        };
+        Some((!outliers.disabled).then_some(policy))
+    }
+
+    pub(super) fn failover(
+        &mut self,
+        route: &file::Route,
+        at: &Path,
+        backends: &Names,
+    ) -> Option<Failover> {
+        let failover = &route.failover;
+        let to = at.key("fromBaseline");
+        let from_baseline = match &failover.from_baseline {
+            None => Some(None),
+            Some(name) => self.own_backend(name, &to, route, backends).map(Some),
+        };
+        if from_baseline == Some(Some(BASELINE)) {
+            self.error(&to, "the baseline cannot take over for itself", None);
+            return None;
+        }
+        Some(Failover {
+            to_baseline: failover.to_baseline.unwrap_or(true),
+            from_baseline: from_baseline?,
+        })
+    }
+
+    pub(super) fn rescue(&mut self, route: &file::Route, at: &Path) -> Option<Arc<Rescue>> {
+        let retry = self.retry(&route.retry, &at.key("retry"));
+        let shield = self.shield(&route.shield, &at.key("shield"));
+        Some(Arc::new(Rescue {
+            retry: retry?,
+            shield: shield?,
+        }))
+    }
+
+    fn retry(&mut self, retry: &file::Retry, at: &Path) -> Option<Retry> {
+        let default = Retry::default();
+        let codes = self.statuses(&retry.codes, FAILURES, &at.key("codes"));
+        let backoff = self.duration(
+            retry.backoff.as_deref(),
+            default.backoff,
+            &at.key("backoff"),
+        );
+        let share = self.percent(retry.budget_percent, 20, &at.key("budgetPercent"));
+        let buffer = self.size(retry.body_buffer, 0..=(16 << 20), &at.key("bodyBuffer"));
+        let attempts = retry.attempts.unwrap_or(default.attempts);
+        if attempts > 10 {
+            self.error(&at.key("attempts"), "more than 10 only add load", None);
+        }
+        Some(Retry {
+            attempts,
+            codes: codes?.into(),
+            backoff: backoff?,
+            budget: RetryBudget {
+                share: share?,
+                at_least: LEAST_RETRIES,
+            },
+            body_buffer: buffer?.map_or(default.body_buffer, |size| size as usize),
+        })
+    }
+
+    fn shield(&mut self, shield: &file::Shield, at: &Path) -> Option<Shield> {
+        let codes = match &shield.codes {
+            Some(codes) => self.statuses(codes, FAILURES, &at.key("codes"))?.into(),
+            None => Shield::default().codes,
+        };
+        Some(Shield {
+            requests: match shield.requests {
+                file::ShieldedRequests::Idempotent => ShieldedRequests::Idempotent,
+                file::ShieldedRequests::Unsent => ShieldedRequests::Unsent,
+                file::ShieldedRequests::None => ShieldedRequests::None,
+            },
+            codes,
+        })
+    }
+
+    fn statuses(
+        &mut self,
+        codes: &[u16],
+        bounds: RangeInclusive<u16>,
+        at: &Path,
+    ) -> Option<Vec<StatusCode>> {
+        self.each(codes, at, |checker, code, at| {
+            let status = StatusCode::from_u16(*code).ok();
+            let status = status.filter(|_| bounds.contains(code));
+            if status.is_none() {
+                let (least, most) = (bounds.start(), bounds.end());
+                let message = format!("{code} is not a status between {least} and {most}");
+                checker.error(at, message, None);
+            }
+            status
+        })
+    }
+
+    fn percent(&mut self, percent: Option<u32>, default: u32, at: &Path) -> Option<Ratio> {
+        let percent = percent.unwrap_or(default);
+        if !PERCENT.contains(&percent) {
+            self.error(at, format!("{percent} is not between 0 and 100"), None);
+            return None;
+        }
+        Some(Ratio(percent * 10_000))
+    }
+
+    /// A duration that may not be zero.
+    fn positive(&mut self, text: Option<&str>, default: Duration, at: &Path) -> Option<Duration> {
+        let duration = self.duration(text, default, at)?;
+        if duration.is_zero() {
+            self.error(at, "must be longer than 0", None);
+            return None;
+        }
+        Some(duration)
+    }
+}

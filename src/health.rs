@@ -1,0 +1,151 @@
+//! Takes endpoints out that are not well, and lets them in again: the one place that does.
+//!
+//! Two jobs on the control thread. [`Watch`] looks at what requests have counted, when one of them
+//! raises the alarm and regularly; [`checks`] asks endpoints whose backends say so. Neither publishes
+//! anything: an endpoint's state is read by every request that might go there.
+
+pub mod checks;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout};
+use tracing::{info, warn};
+
+use crate::backend::outlier::{Cause, Record, most_ejected, outliers};
+use crate::backend::{Backend, Endpoint, EndpointId, Impediment, OutlierPolicy};
+use crate::snapshot::{Live, Snapshot};
+use crate::telemetry::metrics::Metrics;
+
+/// How often endpoints are looked at though nobody raises the alarm: so much later than they may an
+/// ejection ends.
+const TICK: Duration = Duration::from_millis(250);
+
+/// Ejects endpoints for what requests say of them.
+#[derive(Debug)]
+pub struct Watch {
+    live: Arc<Live>,
+    metrics: Arc<Metrics>,
+    alarm: Arc<Notify>,
+    records: HashMap<EndpointId, Record>,
+    /// When the endpoints of a backend are compared next.
+    compared: HashMap<Arc<str>, Instant>,
+}
+
+// === impl Watch ===
+
+impl Watch {
+    /// Watches the endpoints of whatever snapshot is in force.
+    pub fn new(live: Arc<Live>, metrics: Arc<Metrics>, alarm: Arc<Notify>) -> Self {
+        Self {
+            live,
+            metrics,
+            alarm,
+            records: HashMap::new(),
+            compared: HashMap::new(),
+        }
+    }
+
+    /// Watches for as long as it is polled.
+    pub async fn run(mut self) {
+        loop {
+            // Whichever it is, everything is looked at.
+            let _ = timeout(TICK, self.alarm.notified()).await;
+            let snapshot = self.live.load();
+            self.look(&snapshot, Instant::now());
+        }
+    }
+
+    fn look(&mut self, snapshot: &Snapshot, now: Instant) {
+        for backend in &snapshot.backends {
+            self.readmit(backend, now);
+            if let Some(policy) = &backend.outliers {
+                self.eject_alarming(backend, policy, now);
+                self.compare(backend, policy, now);
+            }
+        }
+        self.records.retain(|endpoint, record| {
+            record.is_known() && snapshot.connection_policy(*endpoint).is_some()
+        });
+    }
+
+    /// Lets those in whose ejection is over, or that are not to be ejected any more.
+    fn readmit(&mut self, backend: &Backend, now: Instant) {
+        for endpoint in &backend.endpoints {
+            endpoint.settle(now, backend.slow_start);
+            if !endpoint.is_impeded_by(Impediment::Ejected) {
+                continue;
+            }
+            let record = self.records.entry(endpoint.id).or_default();
+            if record.ends(now) || backend.outliers.is_none() {
+                endpoint.relieve(Impediment::Ejected, now);
+                let (backend, endpoint) = (&*backend.name, &*endpoint.authority);
+                info!(backend, endpoint, "endpoint gets requests again");
+            }
+        }
+    }
+
+    fn eject_alarming(&mut self, backend: &Backend, policy: &OutlierPolicy, now: Instant) {
+        for endpoint in &backend.endpoints {
+            if endpoint.take_alarm() {
+                self.eject(backend, endpoint, policy, Cause::Consecutive, now);
+            }
+        }
+    }
+
+    fn compare(&mut self, backend: &Backend, policy: &OutlierPolicy, now: Instant) {
+        let name = &backend.name;
+        let due = self
+            .compared
+            .entry(Arc::clone(name))
+            .or_insert(now + policy.interval);
+        if now < *due {
+            return;
+        }
+        *due = now + policy.interval;
+        let samples: Vec<_> = backend
+            .endpoints
+            .iter()
+            .map(|one| one.take_sample())
+            .collect();
+        for endpoint in &backend.endpoints {
+            if let Some(record) = self.records.get_mut(&endpoint.id) {
+                record.forgive();
+            }
+        }
+        for (position, cause) in outliers(&samples, policy) {
+            self.eject(backend, &backend.endpoints[position], policy, cause, now);
+        }
+    }
+
+    fn eject(
+        &mut self,
+        backend: &Backend,
+        endpoint: &Endpoint,
+        policy: &OutlierPolicy,
+        cause: Cause,
+        now: Instant,
+    ) {
+        let is_ejected = |one: &&Arc<Endpoint>| one.is_impeded_by(Impediment::Ejected);
+        let ejected = backend.endpoints.iter().filter(is_ejected).count();
+        let may_be_ejected = most_ejected(backend.endpoints.len(), policy);
+        if endpoint.is_impeded_by(Impediment::Ejected) || ejected >= may_be_ejected {
+            return;
+        }
+        let record = self.records.entry(endpoint.id).or_default();
+        let length = record.eject(now, policy);
+        endpoint.impede(Impediment::Ejected);
+        let labels = [("backend", &*backend.name), ("cause", cause.as_str())];
+        let ejections = self.metrics.counter("serin_ejections_total", &labels);
+        ejections.increment(1);
+        warn!(
+            backend = &*backend.name,
+            endpoint = &*endpoint.authority,
+            cause = cause.as_str(),
+            for_ = ?length,
+            "endpoint ejected"
+        );
+    }
+}
