@@ -21,6 +21,7 @@ mod http2_frames;
 mod paths;
 mod proxy_protocol;
 mod reload;
+mod resilience;
 mod shutdown;
 mod smuggling;
 mod split;

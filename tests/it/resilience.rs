@@ -1,0 +1,454 @@
+//! Endpoints that fail: who notices, who is spared, and what it counts for.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use http::{Method, StatusCode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::support::upstream::read_head;
+use crate::support::{Client, Proxy, Raw, Reply, Upstream, eventually, get, shop, single};
+
+const OVERRIDE: &str = "    gray: { override: { header: x-version } }\n";
+
+/// Everybody is on the canary.
+const ALL: (u32, u32) = (0, 1);
+
+/// An upstream that treats connections as `serve` does, and counts them.
+async fn upstream<F>(
+    serve: impl Fn(TcpStream) -> F + Send + 'static,
+) -> (SocketAddr, Arc<AtomicUsize>)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&count);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            counted.fetch_add(1, Ordering::SeqCst);
+            tokio::spawn(serve(stream));
+        }
+    });
+    (address, count)
+}
+
+/// Reads a request head, and closes without an answer.
+async fn closing() -> SocketAddr {
+    let close = |mut stream: TcpStream| async move {
+        read_head(&mut stream).await;
+    };
+    upstream(close).await.0
+}
+
+/// Accepts and never answers.
+async fn hanging() -> SocketAddr {
+    let hang = |mut stream: TcpStream| async move {
+        let mut sink = Vec::new();
+        let _ = stream.read_to_end(&mut sink).await;
+    };
+    upstream(hang).await.0
+}
+
+async fn refusing() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    listener.local_addr().unwrap()
+}
+
+async fn send(proxy: &Proxy, method: Method, path: &str) -> Reply {
+    let mut client = Client::connect(proxy.address()).await;
+    client.send(method, path, &[], "").await.unwrap()
+}
+
+fn canary(proxy: &Proxy, name: &str, labels: &[(&str, &str)]) -> f64 {
+    let labels = [&[("backend", "shop-canary")], labels].concat();
+    proxy.metric(name, &labels)
+}
+
+#[tokio::test]
+async fn a_dead_canary_fails_nobody_and_its_failures_are_its_own() {
+    let stable = Upstream::start("stable").await;
+    let proxy = Proxy::start(&shop(stable.address, refusing().await, ALL, ""));
+    for method in [Method::GET, Method::POST] {
+        let reply = send(&proxy, method, "/").await;
+        assert_eq!((reply.status, reply.text()), (StatusCode::OK, "stable"));
+        assert_eq!(reply.header("x-service-version"), Some("1"));
+    }
+    eventually("both are counted", || {
+        canary(&proxy, "serin_requests_total", &[("code", "502")]) == 2.0
+    })
+    .await;
+    assert_eq!(canary(&proxy, "serin_request_failures_total", &[]), 2.0);
+    let shielded = [("code", "200")];
+    assert_eq!(
+        canary(&proxy, "serin_shielded_requests_total", &shielded),
+        2.0
+    );
+    // They neither spoil nor embellish the baseline.
+    let baseline = [("backend", "shop-stable")];
+    for name in [
+        "serin_requests_total",
+        "serin_upstream_duration_seconds_count",
+    ] {
+        assert_eq!(proxy.metric(name, &baseline), 0.0, "{name}");
+    }
+    assert_eq!(proxy.metric("serin_requests_in_flight", &[]), 0.0);
+}
+
+#[tokio::test]
+async fn after_five_failures_the_canary_is_ejected_and_its_users_are_failed_over() {
+    let stable = Upstream::start("stable").await;
+    let proxy = Proxy::start(&shop(stable.address, refusing().await, ALL, ""));
+    for _ in 0..5 {
+        assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    }
+    let ejections = [("cause", "consecutive_failures")];
+    eventually("it is ejected", || {
+        canary(&proxy, "serin_ejections_total", &ejections) == 1.0
+    })
+    .await;
+    let before = canary(&proxy, "serin_upstream_errors_total", &[]);
+    for _ in 0..3 {
+        assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    }
+    let failovers = [("cause", "unhealthy")];
+    assert_eq!(canary(&proxy, "serin_failovers_total", &failovers), 3.0);
+    assert_eq!(canary(&proxy, "serin_upstream_errors_total", &[]), before);
+    let decisions = [("backend", "shop-stable"), ("reason", "failover")];
+    assert_eq!(
+        proxy.metric("serin_routing_decisions_total", &decisions),
+        3.0
+    );
+    let metrics = get(proxy.admin(), "/metrics", &[]).await;
+    let healthy = "serin_endpoint_healthy{backend=\"shop-canary\"";
+    let line = metrics
+        .text()
+        .lines()
+        .find(|line| line.starts_with(healthy));
+    assert!(line.unwrap().ends_with(" 0"), "{line:?}");
+}
+
+#[tokio::test]
+async fn an_ejection_ends_and_requests_come_back() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let config = shop(stable.address, canary.address, ALL, "").replace(
+        "version: '2',",
+        "version: '2', slowStart: 0s, outlierDetection: { consecutiveFailures: 2, ejection: 100ms },",
+    );
+    let proxy = Proxy::start(&config);
+    for _ in 0..2 {
+        let reply = send(&proxy, Method::GET, "/status/500").await;
+        assert_eq!(reply.text(), "stable");
+    }
+    let is_out = |proxy: &Proxy| {
+        let snapshot = proxy.app().live().load();
+        !snapshot.backends[1].is_available()
+    };
+    eventually("it is ejected", || is_out(&proxy)).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    eventually("it is let in again", || !is_out(&proxy)).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "canary");
+}
+
+#[tokio::test]
+async fn what_reads_is_shielded_from_a_canary_that_breaks_off_and_what_writes_is_not() {
+    let stable = Upstream::start("stable").await;
+    let proxy = Proxy::start(&shop(stable.address, closing().await, ALL, ""));
+    let reply = send(&proxy, Method::GET, "/").await;
+    assert_eq!((reply.status, reply.text()), (StatusCode::OK, "stable"));
+    let reply = send(&proxy, Method::POST, "/").await;
+    assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
+    assert_eq!(stable.requests(), 1);
+}
+
+#[tokio::test]
+async fn what_reads_is_shielded_from_a_canary_that_hangs() {
+    let stable = Upstream::start("stable").await;
+    let rest = "    timeouts: { backendRequest: 100ms }\n";
+    let proxy = Proxy::start(&shop(stable.address, hanging().await, ALL, rest));
+    let reply = send(&proxy, Method::GET, "/").await;
+    assert_eq!((reply.status, reply.text()), (StatusCode::OK, "stable"));
+    let code = [("code", "504")];
+    eventually("it is counted", || {
+        canary(&proxy, "serin_requests_total", &code) == 1.0
+    })
+    .await;
+    let reply = send(&proxy, Method::POST, "/").await;
+    assert_eq!(reply.status, StatusCode::GATEWAY_TIMEOUT);
+}
+
+#[tokio::test]
+async fn errors_of_the_canary_are_for_those_who_asked_for_it() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let proxy = Proxy::start(&shop(stable.address, canary.address, ALL, OVERRIDE));
+    let mut client = Client::connect(proxy.address()).await;
+    // The stable version answers as the path says as well.
+    let reply = client.get("/status/503", &[]).await;
+    assert_eq!(reply.text(), "stable");
+    for (path, method, answered_by) in [
+        ("/status/501", Method::GET, "canary"),
+        ("/status/404", Method::GET, "canary"),
+        ("/status/500", Method::POST, "canary"),
+        ("/status/500", Method::GET, "stable"),
+    ] {
+        let reply = client.send(method, path, &[], "").await.unwrap();
+        assert_eq!(reply.text(), answered_by, "{path}");
+    }
+    let asked = client.get("/status/500", &[("x-version", "2")]).await;
+    assert_eq!(asked.text(), "canary");
+    // Its connection was used again.
+    assert!(canary.connections() <= 2, "{}", canary.connections());
+}
+
+#[tokio::test]
+async fn a_body_is_sent_again_from_its_beginning_as_long_as_it_is_small() {
+    let stable = Upstream::start("stable").await;
+    let read_all = |mut stream: TcpStream| async move {
+        read_head(&mut stream).await;
+        let mut body = [0; 30_000];
+        // Nobody waits for what does not come.
+        let _ = stream.read_exact(&mut body).await;
+    };
+    let (canary, attempts) = upstream(read_all).await;
+    let proxy = Proxy::start(&shop(stable.address, canary, ALL, ""));
+    let mut client = Client::connect(proxy.address()).await;
+    let body: Vec<u8> = (0..60_000_u32).map(|byte| byte as u8).collect();
+    let reply = client.send(Method::PUT, "/echo", &[], body.clone()).await;
+    let reply = reply.unwrap();
+    assert_eq!(reply.status, StatusCode::OK);
+    assert!(reply.body == body, "{} bytes", reply.body.len());
+    assert_eq!(attempts.load(Ordering::SeqCst), 1);
+    let large = vec![0; 70_000];
+    let reply = client.send(Method::PUT, "/sink", &[], large).await.unwrap();
+    assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
+}
+
+#[tokio::test]
+async fn another_endpoint_is_tried_first() {
+    let alive = Upstream::start("alive").await;
+    let dead = refusing().await;
+    let both = format!("'{dead}', '{}'", alive.address);
+    let config = single(alive.address, "").replace(&format!("'{}'", alive.address), &both);
+    let proxy = Proxy::start(&config);
+    for round in 0..40 {
+        let method = [Method::GET, Method::POST][round % 2].clone();
+        assert_eq!(send(&proxy, method, "/").await.status, StatusCode::OK);
+    }
+    let ejected = proxy.metric("serin_ejections_total", &[("backend", "only")]);
+    assert_eq!(ejected, 1.0);
+    let sent = proxy.metric("serin_retries_total", &[("result", "sent")]);
+    assert_eq!(sent, 5.0);
+}
+
+/// The race that no idle timeout rules out: a connection closes while a request is on its way.
+#[tokio::test]
+async fn what_reads_survives_a_connection_that_closes_as_it_is_used_again() {
+    let once = |mut stream: TcpStream| async move {
+        read_head(&mut stream).await;
+        let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+        stream.write_all(answer).await.unwrap();
+        read_head(&mut stream).await;
+    };
+    let (upstream, connections) = upstream(once).await;
+    let proxy = Proxy::start(&format!("workers: 1\n{}", single(upstream, "")));
+    let mut client = Client::connect(proxy.address()).await;
+    for _ in 0..6 {
+        assert_eq!(client.get("/", &[]).await.text(), "ok");
+    }
+    assert_eq!(connections.load(Ordering::SeqCst), 6);
+    assert_eq!(proxy.metric("serin_retries_total", &[]), 5.0);
+}
+
+#[tokio::test]
+async fn repetitions_are_limited_and_can_be_switched_off() {
+    let dead = refusing().await;
+    for (retry, attempts) in [("attempts: 0", 1.0), ("attempts: 3, backoff: 1ms", 4.0)] {
+        let rest = format!("    retry: {{ {retry} }}\n");
+        let proxy = Proxy::start(&single(dead, &rest));
+        assert_eq!(
+            send(&proxy, Method::GET, "/").await.status,
+            StatusCode::BAD_GATEWAY
+        );
+        assert_eq!(
+            proxy.metric("serin_upstream_errors_total", &[]),
+            attempts,
+            "{retry}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn chosen_statuses_are_repeated_with_another_endpoint() {
+    let sad = |mut stream: TcpStream| async move {
+        read_head(&mut stream).await;
+        let answer = b"HTTP/1.1 503 no\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+        let _ = stream.write_all(answer).await;
+    };
+    let (sad, _) = upstream(sad).await;
+    let happy = Upstream::start("happy").await;
+    let both = format!("'{sad}', '{}'", happy.address);
+    let rest = "    retry: { codes: [503] }\n";
+    let config = single(happy.address, rest).replace(&format!("'{}'", happy.address), &both);
+    let proxy = Proxy::start(&config);
+    for _ in 0..20 {
+        assert_eq!(send(&proxy, Method::GET, "/").await.text(), "happy");
+    }
+}
+
+#[tokio::test]
+async fn shielding_and_failover_can_be_switched_off() {
+    let stable = Upstream::start("stable").await;
+    let rest = "    shield: { requests: none }
+    failover: { toBaseline: false }
+    retry: { attempts: 0 }
+";
+    let proxy = Proxy::start(&shop(stable.address, refusing().await, ALL, rest));
+    for _ in 0..5 {
+        let reply = send(&proxy, Method::GET, "/").await;
+        assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
+    }
+    eventually("it is ejected", || {
+        canary(&proxy, "serin_ejections_total", &[]) == 1.0
+    })
+    .await;
+    let reply = send(&proxy, Method::GET, "/").await;
+    assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(stable.requests(), 0);
+}
+
+#[tokio::test]
+async fn the_baseline_is_replaced_only_if_the_configuration_says_by_what() {
+    let canary = Upstream::start("canary").await;
+    let config = |rest| {
+        let config = shop(canary.address, canary.address, (1, 0), rest);
+        config.replacen(&format!("'{}'", canary.address), "", 1)
+    };
+    let proxy = Proxy::start(&config(""));
+    let reply = send(&proxy, Method::GET, "/").await;
+    assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
+    let failover = "    failover: { fromBaseline: shop-canary }\n";
+    proxy.replace(&config(failover)).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "canary");
+}
+
+#[tokio::test]
+async fn a_baseline_whose_endpoints_all_fail_goes_on_with_all_of_them() {
+    let (one, other) = (Upstream::start("one").await, Upstream::start("other").await);
+    let both = format!("'{}', '{}'", one.address, other.address);
+    let config = single(one.address, "").replace(&format!("'{}'", one.address), &both);
+    let proxy = Proxy::start(&config);
+    let mut client = Client::connect(proxy.address()).await;
+    for _ in 0..40 {
+        client.get("/status/500", &[]).await;
+    }
+    eventually("one is ejected", || {
+        proxy.metric("serin_ejections_total", &[]) == 1.0
+    })
+    .await;
+    assert_eq!(client.get("/", &[]).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_backend_takes_so_many_requests_and_queues_so_many() {
+    let upstream = Upstream::start("one").await;
+    let limits = "version: '1', limits: { inFlight: 1, queue: 1, queueTimeout: 100h },";
+    let config = single(upstream.address, "").replace("version: '1',", limits);
+    let proxy = Proxy::start(&config);
+    let mut first = Raw::connect(proxy.address()).await;
+    first.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    eventually("it is there", || upstream.held() == 1).await;
+    let mut second = Raw::connect(proxy.address()).await;
+    second
+        .send("POST /echo HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\nbody")
+        .await;
+    let waiting = || proxy.app().live().load().backends[0].gate.waiting();
+    eventually("it waits", || waiting() == 1).await;
+    let reply = send(&proxy, Method::GET, "/").await;
+    assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(reply.header("retry-after"), Some("1"));
+    let overflows = [("backend", "only"), ("cause", "queue_full")];
+    assert!(proxy.metric("serin_backend_overflows_total", &overflows) >= 1.0);
+    upstream.release();
+    assert!(first.read_until("one").await.starts_with("HTTP/1.1 200"));
+    assert!(second.read_until("body").await.starts_with("HTTP/1.1 200"));
+    assert_eq!(send(&proxy, Method::GET, "/").await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_stuck_canary_does_not_hold_up_the_baseline() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let config = shop(stable.address, canary.address, ALL, "").replace(
+        "version: '2',",
+        "version: '2', limits: { inFlight: 2, queue: 0 },",
+    );
+    let proxy = Proxy::start(&config);
+    let mut stuck = Vec::new();
+    for _ in 0..2 {
+        let mut raw = Raw::connect(proxy.address()).await;
+        raw.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        stuck.push(raw);
+    }
+    eventually("it is stuck", || canary.held() == 2).await;
+    // No endpoint has seen them, so they may be of any method.
+    for method in [Method::GET, Method::POST] {
+        assert_eq!(send(&proxy, method, "/").await.text(), "stable");
+    }
+    canary.release();
+}
+
+#[tokio::test]
+async fn a_new_canary_gets_no_requests_before_it_is_found_healthy() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let checked = |path: &str| {
+        let check = format!(
+            "version: '2', slowStart: 0s, healthCheck: {{ http: {{ path: {path} }}, interval: 20ms }},"
+        );
+        shop(stable.address, canary.address, ALL, "").replace("version: '2',", &check)
+    };
+    let proxy = Proxy::start(&checked("/hold"));
+    eventually("it is asked", || canary.held() == 1).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    assert_eq!(canary.requests(), 1);
+    canary.release();
+    let is_in = |proxy: &Proxy| proxy.app().live().load().backends[1].is_available();
+    eventually("it is healthy", || is_in(&proxy)).await;
+    // Later questions hang, and are no answer in time.
+    proxy.replace(&checked("/status/500")).await;
+    eventually("it is not", || !is_in(&proxy)).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    proxy.replace(&checked("/")).await;
+    eventually("it is healthy again", || is_in(&proxy)).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "canary");
+    let answers = [("backend", "shop-canary"), ("result", "failure")];
+    assert!(proxy.metric("serin_health_checks_total", &answers) >= 3.0);
+}
+
+#[tokio::test]
+async fn without_checks_nothing_of_them_stays() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let plain = shop(stable.address, canary.address, ALL, "");
+    let check = "version: '2', healthCheck: { http: { path: /hold }, interval: 20ms },";
+    let proxy = Proxy::start(&plain.replace("version: '2',", check));
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    proxy.replace(&plain).await;
+    let is_in = || proxy.app().live().load().backends[1].is_available();
+    eventually("nothing is held against it", is_in).await;
+}
