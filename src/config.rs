@@ -235,6 +235,8 @@ pub struct Route {
     pub failover: Failover,
     /// What is done about requests that failed.
     pub rescue: Arc<Rescue>,
+    /// How long a stream may go on whose user gets another version; `None` for as long as it likes.
+    pub stream_deadline: Option<Duration>,
     /// Whether responses name their version.
     pub expose_version: bool,
 }

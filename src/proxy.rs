@@ -12,6 +12,7 @@ pub mod exchange;
 pub mod grpc;
 pub mod headers;
 pub mod origin;
+pub mod stays;
 pub mod timeouts;
 pub mod translate;
 pub mod tunnel;
@@ -48,6 +49,7 @@ use error::ProxyError;
 use exchange::Exchange;
 use headers::Survey;
 use origin::{Guards, Origin, Peer};
+use stays::{Stay, Stays};
 use timeouts::{Timeout, Timeouts, Timer};
 use translate::Translation;
 use tunnel::Tunnel;
@@ -63,6 +65,7 @@ pub struct Proxy {
     timeouts: Arc<Timeouts>,
     via: Via,
     dice: RefCell<fastrand::Rng>,
+    stays: Stays,
 }
 
 /// What is known of a request before its route is.
@@ -115,6 +118,8 @@ struct Answer {
     loan: Loan<RequestBody>,
     /// How long it took.
     latency: Duration,
+    /// Whether it may stay, if it is a stream.
+    stay: Option<Rc<Stay>>,
     /// Where it leads, if it is one, and how long nothing may go through.
     tunnel: Option<Box<(Ends, Guards, Option<Duration>)>>,
     limits: Limits,
@@ -140,6 +145,8 @@ struct Verdict {
     debug: Option<HeaderValue>,
     /// What the page that asked may know.
     cors: Option<Box<Grant>>,
+    /// What it was decided by, where a stream may have to end because of that.
+    stay: Option<Box<stays::Decided>>,
 }
 
 /// Why a request is not sent on.
@@ -168,12 +175,19 @@ impl Proxy {
             timeouts,
             via,
             dice: RefCell::new(fastrand::Rng::new()),
+            stays: Stays::default(),
         }
     }
 
     /// The limits of its worker, for hyper.
     pub fn timer(&self) -> Timer {
         Timer(Arc::clone(&self.timeouts))
+    }
+
+    /// Does what has to be done when there is a new snapshot.
+    pub fn follow(&self) {
+        self.stays.follow(&self.live.current(), Instant::now());
+        self.sweep();
     }
 
     /// The snapshot in force.
@@ -410,7 +424,13 @@ impl Proxy {
                 let (ends, latency) = answered(&mut response, wish, &mut exchange)?;
                 let survey = Survey::of(response.headers());
                 headers::prepare_response(&mut response, survey, route, last.target, &verdict);
+                let is_stream = ends.is_some() || exchange.is_stream(response.headers());
+                // The baseline is where everybody may stay.
+                let stay = verdict.stay.filter(|_| std::ptr::eq(last.target, target));
                 Ok(Answer {
+                    stay: stay
+                        .filter(|_| is_stream)
+                        .map(|stay| self.stays.begin(stay, self.timeouts.timeout())),
                     response,
                     lease,
                     loan,
@@ -548,6 +568,7 @@ impl Answer {
             lease,
             loan,
             latency,
+            stay,
             tunnel,
             limits,
         } = self;
@@ -557,7 +578,7 @@ impl Answer {
             let latency = Some(latency).filter(|_| !response.status().is_server_error());
             return response.map(|body| {
                 let held = Held::new(exchange, lease, loan, latency);
-                ReplyBody::Upstream(UpstreamBody::new(body, held, deadline))
+                ReplyBody::Upstream(UpstreamBody::new(body, held, deadline, stay))
             });
         };
         let (ends, guards, idle) = *tunnel;
@@ -573,6 +594,7 @@ impl Answer {
             guards,
             idle,
             timeout: limits.timeout,
+            stay,
         };
         drop(tokio::task::spawn_local(tunnel.run()));
         response
@@ -665,6 +687,7 @@ impl Verdict {
             debug: shown
                 .then(|| headers::debug_value(decision, route, snapshot))
                 .flatten(),
+            stay: stays::Decided::new(route, decision),
         }
     }
 }

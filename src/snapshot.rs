@@ -100,6 +100,8 @@ pub struct Route {
     pub failover: Failover,
     /// What is done about requests that failed.
     pub rescue: Arc<Rescue>,
+    /// How long a stream may go on whose user gets another version; `None` for as long as it likes.
+    pub stream_deadline: Option<Duration>,
     /// Some of its endpoints are told who the client is.
     pub tells_clients: bool,
     /// The limit of a whole exchange.
@@ -296,6 +298,7 @@ fn compile_route(
         tunnel_idle: route.tunnel_idle,
         failover: route.failover,
         rescue: Arc::clone(&route.rescue),
+        stream_deadline: route.stream_deadline,
         tells_clients: targets
             .iter()
             .any(|target| target.backend.transport.proxy_protocol.is_some()),

@@ -30,7 +30,7 @@ pub use listener::{
 };
 pub use resilience::{
     BackendLimits, Failover, GrpcCheck, HealthCheck, HttpCheck, OutlierDetection, Retry, Shield,
-    ShieldedRequests, TcpCheck,
+    ShieldedRequests, Streams, TcpCheck, WhenMoved,
 };
 pub use route::{
     BackendRef, EscapedSlashes, NamedMatch, PathMatch, PathMatchType, Route, RouteLimits,

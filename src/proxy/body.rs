@@ -23,6 +23,7 @@ use crate::upstream::Loan;
 use super::exchange::Exchange;
 use super::grpc;
 use super::headers;
+use super::stays::Stay;
 use super::timeouts::Timeout;
 use super::translate::{JsonLines, Translation};
 
@@ -179,7 +180,9 @@ pub struct UpstreamBody {
     /// `None` once the body has ended.
     held: Option<Held>,
     deadline: Option<Timeout>,
-    /// Trailers of our own have ended it.
+    /// Whether it may stay on its version, if it is a stream.
+    stay: Option<Rc<Stay>>,
+    /// We have ended it.
     is_cut: bool,
 }
 
@@ -812,11 +815,17 @@ impl Held {
 
 impl UpstreamBody {
     /// Wraps a body with what has to be held on to until it ends.
-    pub(super) fn new(incoming: Incoming, held: Held, deadline: Option<Timeout>) -> Self {
+    pub(super) fn new(
+        incoming: Incoming,
+        held: Held,
+        deadline: Option<Timeout>,
+        stay: Option<Rc<Stay>>,
+    ) -> Self {
         Self {
             incoming,
             held: Some(held),
             deadline,
+            stay,
             is_cut: false,
         }
     }
@@ -827,6 +836,9 @@ impl UpstreamBody {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         if self.is_cut {
             return Poll::Ready(None);
+        }
+        if self.has_to_leave(cx) {
+            return Poll::Ready(self.leave().map(Ok));
         }
         let polled = Pin::new(&mut self.incoming).poll_frame(cx);
         if self.is_late(&polled, cx) {
@@ -886,6 +898,26 @@ impl UpstreamBody {
         }
         self.fail(error);
         self.is_cut = is_told;
+        is_told.then(|| Frame::trailers(status.trailers(words)))
+    }
+
+    fn has_to_leave(&self, cx: &Context<'_>) -> bool {
+        let stay = self.stay.as_ref();
+        stay.is_some_and(|stay| stay.poll_over(cx).is_ready())
+    }
+
+    /// Ends a stream whose user gets another version: as if its endpoint had, and a caller of gRPC is
+    /// told to try again.
+    fn leave(&mut self) -> Option<Frame<Bytes>> {
+        self.is_cut = true;
+        let mut held = self.held.take()?;
+        let status = grpc::Status::UNAVAILABLE;
+        let is_told = held.exchange.takes_trailers_of_ours();
+        if is_told {
+            held.exchange.call_ended(status);
+        }
+        held.exchange.moved();
+        let words = "the service has changed its version";
         is_told.then(|| Frame::trailers(status.trailers(words)))
     }
 

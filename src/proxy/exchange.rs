@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{HOST, HeaderMap, USER_AGENT};
+use http::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderValue, USER_AGENT};
 use http::{Request, Response, StatusCode, Version};
 use tokio::time::Instant;
 
@@ -56,6 +56,8 @@ pub struct Exchange {
     translation: Option<Translation>,
     /// The upstream brought no whole response.
     has_failed: bool,
+    /// It was ended, since its user gets another version: nobody is to blame.
+    is_moved: bool,
     /// Its line in the access log, if there is one; boxed, since an exchange is moved a few times.
     entry: Option<Box<Entry>>,
 }
@@ -129,6 +131,7 @@ impl Exchange {
             grpc: Grpc::No,
             translation: None,
             has_failed: false,
+            is_moved: false,
             entry: log.map(|log| Box::new(Entry::begin(log, started, request))),
         }
     }
@@ -399,6 +402,22 @@ impl Exchange {
         self.failed("tunnel_idle");
     }
 
+    /// It was ended, since its user gets another version.
+    pub fn moved(&mut self) {
+        self.is_moved = true;
+        self.ended();
+        self.failed("version_changed");
+        if let Some(target) = &self.target {
+            target.count_moved(&self.metrics.all);
+        }
+    }
+
+    /// True for a response with this head that may go on for ever.
+    pub fn is_stream(&self, headers: &HeaderMap) -> bool {
+        let content_type = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
+        self.is_grpc() || content_type.is_some_and(|text| text.starts_with(b"text/event-stream"))
+    }
+
     /// True when the client went away within its body, or sent something that is no body.
     pub fn was_broken_by_client(&self) -> bool {
         self.request_body
@@ -443,11 +462,8 @@ impl Exchange {
         if self.shielded.is_some() {
             target.count_shielded(all, status);
         }
-        if self.has_failed
-            || self.shielded.is_some()
-            || code.is_server_error()
-            || grpc.is_some_and(grpc::Status::is_failure)
-        {
+        let is_failed_call = grpc.is_some_and(grpc::Status::is_failure) && !self.is_moved;
+        if self.has_failed || self.shielded.is_some() || code.is_server_error() || is_failed_call {
             target.count_failure();
         }
     }

@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
+use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use crate::upstream::Loan;
 use super::body::RequestBody;
 use super::exchange::Exchange;
 use super::origin::Guards;
+use super::stays::Stay;
 use super::timeouts::Timeout;
 use super::upgrade::Ends;
 
@@ -39,6 +41,18 @@ pub struct Tunnel {
     pub idle: Option<Duration>,
     /// Measures that.
     pub timeout: Timeout,
+    /// Whether it may stay on its version.
+    pub stay: Option<Rc<Stay>>,
+}
+
+/// How a tunnel ends.
+enum Ending {
+    /// By its ends.
+    Closed(io::Result<(u64, u64)>),
+    /// Nothing has gone through for too long.
+    Rested,
+    /// Its user gets another version.
+    Moved,
 }
 
 /// One end, and how much has come from it.
@@ -62,6 +76,7 @@ impl Tunnel {
             guards: _guards,
             idle,
             timeout,
+            stay,
         } = self;
         let (client, upstream) = match tokio::try_join!(ends.client, ends.upstream) {
             Ok(ends) => ends,
@@ -72,16 +87,25 @@ impl Tunnel {
         let mut upstream = Counted::new(upstream, &last);
         let ended = {
             let mut copying = pin!(copy_bidirectional(&mut client, &mut upstream));
-            poll_fn(|cx| match copying.as_mut().poll(cx) {
-                Poll::Pending => poll_idle(&timeout, idle, &last, cx).map(|()| None),
-                ended => ended.map(Some),
+            poll_fn(|cx| {
+                if let Poll::Ready(ended) = copying.as_mut().poll(cx) {
+                    return Poll::Ready(Ending::Closed(ended));
+                }
+                if stay
+                    .as_ref()
+                    .is_some_and(|stay| stay.poll_over(cx).is_ready())
+                {
+                    return Poll::Ready(Ending::Moved);
+                }
+                poll_idle(&timeout, idle, &last, cx).map(|()| Ending::Rested)
             })
             .await
         };
         match ended {
-            Some(Ok(_)) => exchange.ended(),
-            Some(Err(error)) => debug!(%error, "a tunnel broke"),
-            None => exchange.rested(),
+            Ending::Closed(Ok(_)) => exchange.ended(),
+            Ending::Closed(Err(error)) => debug!(%error, "a tunnel broke"),
+            Ending::Rested => exchange.rested(),
+            Ending::Moved => exchange.moved(),
         }
         exchange.tunnelled(client.bytes.get(), upstream.bytes.get());
     }

@@ -149,7 +149,7 @@ impl Worker {
                 },
                 // A worker without requests would hold on to the old snapshot, with its user lists,
                 // for as long.
-                _ = published.changed() => proxy.sweep(),
+                _ = published.changed() => proxy.follow(),
                 _ = sweep.tick() => proxy.sweep(),
             }
         }

@@ -206,6 +206,10 @@ const DEFINITIONS: &[Definition] = &[
         None,
         "1 for an endpoint that nothing speaks against, 0 for one that is unchecked, unhealthy or ejected.",
     ),
+    counter(
+        "serin_streams_moved_total",
+        "Long-lived streams that were ended, since their user gets another version.",
+    ),
     gauge(
         "serin_backend_weight",
         None,
@@ -589,6 +593,16 @@ impl TargetMetrics {
         self.failovers
             .get(cause, || metrics.counter("serin_failovers_total", &labels))
             .increment(1);
+    }
+
+    /// Counts a stream that was ended, since its user gets another version.
+    pub fn count_moved(&self, metrics: &Metrics) {
+        let labels = [
+            ("route", &*self.labels.route),
+            ("backend", &*self.labels.backend),
+        ];
+        let moved = metrics.counter("serin_streams_moved_total", &labels);
+        moved.increment(1);
     }
 
     /// The number of its tunnels.

@@ -74,7 +74,7 @@ async fn a_line_says_who_asked_for_what_where_it_went_and_why() {
         "user_agent": "curl \"8\"", "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736", "client_ip": "127.0.0.1",
         "route": "shop", "backend": "shop-canary", "version": "2", "reason": "rule", "rule": "qa",
         "user": "7c7615c11438e5c9", "endpoint": canary.address.to_string(),
-        "status": 200, "bytes_in": 5, "bytes_out": 5,
+        "attempts": 1, "status": 200, "bytes_in": 5, "bytes_out": 5,
     });
     assert_eq!(without_times(line), expected);
 }

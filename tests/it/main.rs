@@ -18,6 +18,7 @@ mod grpc;
 mod headers;
 mod http2;
 mod http2_frames;
+mod moves;
 mod paths;
 mod proxy_protocol;
 mod reload;

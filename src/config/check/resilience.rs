@@ -32,6 +32,7 @@ const LEAST_REQUESTS: u32 = 100;
 const FAILURE_EXCESS_PERCENT: u32 = 10;
 const LATENCY_FACTOR: u32 = 5;
 
+const STREAM_DEADLINE: Duration = Duration::from_secs(30);
 const SLOW_START: Duration = Duration::from_secs(10);
 
 /// Retries that are allowed at any time.
@@ -313,6 +314,26 @@ impl Checker<'_> {
                 file::ShieldedRequests::None => ShieldedRequests::None,
             },
             codes,
+        })
+    }
+
+    /// How long a stream may go on whose user gets another version.
+    pub(super) fn stream_deadline(
+        &mut self,
+        streams: &file::Streams,
+        at: &Path,
+    ) -> Option<Option<Duration>> {
+        let at = at.key("deadline");
+        let deadline = self.duration(streams.deadline.as_deref(), STREAM_DEADLINE, &at);
+        if streams.deadline.is_some() && streams.when_moved != file::WhenMoved::Drain {
+            let message = "only streams that drain have a deadline";
+            self.error(&at, message, Some("say `whenMoved: drain`".to_owned()));
+            return None;
+        }
+        Some(match streams.when_moved {
+            file::WhenMoved::Pin => None,
+            file::WhenMoved::Drain => Some(deadline?),
+            file::WhenMoved::Cut => Some(Duration::ZERO),
         })
     }
 

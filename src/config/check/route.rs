@@ -55,6 +55,7 @@ impl Checker<'_> {
         let gray = self.gray(route, &at.key("gray"), backend_names, list_names);
         let failover = self.failover(route, &at.key("failover"), backend_names);
         let rescue = self.rescue(route, at);
+        let stream_deadline = self.stream_deadline(&route.streams, &at.key("streams"));
         let timeouts = self.route_timeouts(&route.timeouts, &at.key("timeouts"));
         let [request_timeout, backend_timeout, tunnel_idle] = timeouts?;
         Some(Route {
@@ -72,6 +73,7 @@ impl Checker<'_> {
             gray: gray?,
             failover: failover?,
             rescue: rescue?,
+            stream_deadline: stream_deadline?,
             expose_version: route.expose_version,
         })
     }

@@ -173,6 +173,33 @@ pub struct Failover {
     pub from_baseline: Option<String>,
 }
 
+/// What becomes of long-lived streams (tunnels, server-sent events, and calls of gRPC whose response
+/// has begun) when a change of weights or backends gives their user another version.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Streams {
+    /// What (default `pin`).
+    #[serde(default)]
+    pub when_moved: WhenMoved,
+    /// How long they may go on with `drain` (default 30s).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = DURATION_PATTERN))]
+    pub deadline: Option<String>,
+}
+
+/// What becomes of a long-lived stream whose user gets another version.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum WhenMoved {
+    /// It stays until it ends.
+    #[default]
+    Pin,
+    /// It may go on for the `deadline`.
+    Drain,
+    /// It ends at once.
+    Cut,
+}
+
 /// Requests that failed with another version than the baseline are answered by the baseline, and
 /// still count as failures of that version.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{DURATION_PATTERN, Failover, Filter, Gray, Retry, Shield, Size};
+use super::{DURATION_PATTERN, Failover, Filter, Gray, Retry, Shield, Size, Streams};
 
 /// Which requests go where.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
@@ -48,6 +48,9 @@ pub struct Route {
     /// Which failed requests of other versions are answered by the baseline.
     #[serde(default)]
     pub shield: Shield,
+    /// What becomes of long-lived streams whose user gets another version.
+    #[serde(default)]
+    pub streams: Streams,
     /// Sends `X-Service-Version` with the response.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub expose_version: bool,

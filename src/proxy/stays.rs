@@ -1,0 +1,127 @@
+//! Long-lived streams and the versions they are on: whoever has been moved to another version by a
+//! change of weights may not stay for ever, where the route says so.
+//!
+//! A stream takes part with what it was decided by. Each worker looks at its own whenever there is a
+//! new snapshot, and only on routes that do not let streams stay does any of this cost anything.
+
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::routing::{Decision, Reason};
+use crate::snapshot::{Route, Snapshot};
+
+use super::timeouts::Timeout;
+
+/// What a request was decided by, for as long as its stream may be moved.
+#[derive(Debug)]
+pub struct Decided {
+    route: Arc<str>,
+    backend: Arc<str>,
+    reason: Reason,
+    identity: Option<Box<str>>,
+    /// How long it may go on once its user is moved.
+    deadline: Duration,
+}
+
+/// A stream that is on a version.
+#[derive(Debug)]
+pub struct Stay {
+    decided: Decided,
+    is_moved: Cell<bool>,
+    /// Set when its user is moved.
+    over: Timeout,
+}
+
+/// The streams of one worker.
+#[derive(Debug, Default)]
+pub struct Stays {
+    all: RefCell<Vec<Weak<Stay>>>,
+    /// How many there may be before those that have ended are forgotten.
+    room: Cell<usize>,
+}
+
+/// Fewer streams than these are not worth looking through.
+const LEAST_ROOM: usize = 64;
+
+// === impl Decided ===
+
+impl Decided {
+    /// What has to be remembered, on a route that does not let streams stay.
+    pub fn new(route: &Route, decision: &Decision<'_>) -> Option<Box<Self>> {
+        let deadline = route.stream_deadline?;
+        let identity = decision.identity.as_ref();
+        Some(Box::new(Self {
+            route: Arc::clone(&route.name),
+            backend: Arc::clone(&route.targets[decision.target].backend.name),
+            reason: decision.reason,
+            identity: identity.map(|identity| identity.value.as_ref().into()),
+            deadline,
+        }))
+    }
+
+    /// True when it would be decided otherwise by this snapshot, as far as that depends on weights and
+    /// backends.
+    fn is_moved_by(&self, snapshot: &Snapshot) -> bool {
+        let mut routes = snapshot.routes.iter();
+        let Some(route) = routes.find(|route| route.name == self.route) else {
+            return true;
+        };
+        let mut targets = route.targets.iter();
+        let Some(own) = targets.position(|target| target.backend.name == self.backend) else {
+            return true;
+        };
+        let split = &route.gray.split;
+        match (self.reason, &self.identity) {
+            _ if route.targets[own].backend.disabled => true,
+            (Reason::Sticky, Some(identity)) => split.by_identity(identity) != Some(own),
+            (Reason::Sticky | Reason::Random, _) => split.weights().nth(own) == Some(0),
+            _ => false,
+        }
+    }
+}
+
+// === impl Stay ===
+
+impl Stay {
+    /// Waits until the stream has to end.
+    pub fn poll_over(&self, cx: &Context<'_>) -> Poll<()> {
+        self.over.poll_passed(cx)
+    }
+}
+
+// === impl Stays ===
+
+impl Stays {
+    /// A stream begins, and is looked at until what is returned is dropped.
+    pub fn begin(&self, decided: Box<Decided>, over: Timeout) -> Rc<Stay> {
+        let stay = Rc::new(Stay {
+            decided: *decided,
+            is_moved: Cell::new(false),
+            over,
+        });
+        let mut all = self.all.borrow_mut();
+        if all.len() >= self.room.get() {
+            all.retain(|stay| stay.strong_count() > 0);
+            self.room.set((all.len() * 2).max(LEAST_ROOM));
+        }
+        all.push(Rc::downgrade(&stay));
+        stay
+    }
+
+    /// There is a new snapshot: whom it moves has to go.
+    pub fn follow(&self, snapshot: &Snapshot, now: Instant) {
+        let stays = self.all.borrow();
+        for stay in stays.iter().filter_map(Weak::upgrade) {
+            let is_moved = stay.decided.is_moved_by(snapshot);
+            if is_moved != stay.is_moved.replace(is_moved) {
+                let over = is_moved.then_some(now + stay.decided.deadline);
+                stay.over.set(over);
+            }
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Long-lived streams when a change of weights gives their users another version.
+
+use std::net::SocketAddr;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
+use tokio_stream::StreamExt;
+use tokio_tungstenite::tungstenite::Message;
+use tonic::{Code, Request};
+
+use crate::support::grpc::{Caller, Service, note};
+use crate::support::upstream::read_head;
+use crate::support::websocket::{by_upgrade, http1, send};
+use crate::support::{Proxy, Raw, eventually, shop};
+
+/// Sends one event, and then another for each time the client would have one.
+async fn events() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                read_head(&mut stream).await;
+                let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+                let _ = stream.write_all(head.as_bytes()).await;
+                let _ = stream.write_all(b"9\r\ndata: 1\n\n\r\n").await;
+                std::future::pending::<()>().await;
+            });
+        }
+    });
+    address
+}
+
+fn config(stable: SocketAddr, canary: SocketAddr, weights: (u32, u32), streams: &str) -> String {
+    let rest = format!(
+        "    gray: {{ identity: [ {{ header: x-user-id }} ] }}\n    streams: {{ {streams} }}\n"
+    );
+    shop(stable, canary, weights, &rest)
+}
+
+fn moved(proxy: &Proxy) -> f64 {
+    let labels = [("route", "shop"), ("backend", "shop-canary")];
+    proxy.metric("serin_streams_moved_total", &labels)
+}
+
+async fn listen(proxy: &Proxy, user: &str) -> Raw {
+    let mut raw = Raw::connect(proxy.address()).await;
+    let request = format!("GET / HTTP/1.1\r\nhost: a\r\n{user}\r\n");
+    raw.send(&request).await;
+    raw.read_until("data: 1\n\n").await;
+    raw
+}
+
+#[tokio::test]
+async fn events_end_for_those_who_have_moved_and_for_nobody_else() {
+    for streams in ["whenMoved: cut", "whenMoved: drain, deadline: 20ms"] {
+        let (stable, canary) = (events().await, events().await);
+        let of = |weights| config(stable, canary, weights, streams);
+        let proxy = Proxy::start(&of((0, 1)));
+        let mut known = listen(&proxy, "x-user-id: user-1\r\n").await;
+        let mut stranger = listen(&proxy, "").await;
+        proxy.replace(&of((1, 1_000_000))).await;
+        assert_eq!(moved(&proxy), 0.0);
+        proxy.replace(&of((1, 0))).await;
+        // As an end, which browsers answer with another request.
+        known.read_until("0\r\n\r\n").await;
+        stranger.read_until("0\r\n\r\n").await;
+        assert_eq!(moved(&proxy), 2.0);
+        let failures = [("backend", "shop-canary")];
+        assert_eq!(proxy.metric("serin_request_failures_total", &failures), 0.0);
+        assert_eq!(proxy.metric("serin_requests_in_flight", &failures), 0.0);
+    }
+}
+
+#[tokio::test]
+async fn who_is_moved_back_in_time_may_stay() {
+    let (stable, canary) = (events().await, events().await);
+    let of = |weights| config(stable, canary, weights, "whenMoved: drain, deadline: 2s");
+    let proxy = Proxy::start(&of((0, 1)));
+    let mut known = listen(&proxy, "x-user-id: user-1\r\n").await;
+    proxy.replace(&of((1, 0))).await;
+    proxy.replace(&of((0, 1))).await;
+    let mut later = listen(&proxy, "x-user-id: user-2\r\n").await;
+    proxy.replace(&of((1, 0))).await;
+    later.read_until("0\r\n\r\n").await;
+    known.read_until("0\r\n\r\n").await;
+    // Both by the last change: had the first counted, there would be no end left to wait for.
+    assert_eq!(moved(&proxy), 2.0);
+}
+
+#[tokio::test]
+async fn tunnels_and_calls_end_too_and_callers_are_told_to_try_again() {
+    let service = Service::start("canary").await;
+    let h2c = |config: String| config.replace("version: '2',", "version: '2', protocol: h2c,");
+    let of = |weights| {
+        let cut = "whenMoved: cut";
+        h2c(config(service.address, service.address, weights, cut))
+    };
+    let proxy = Proxy::start(&of((0, 1)));
+    let caller = Caller::connect(proxy.address()).await;
+    let one = tokio_stream::once(note("", 0));
+    let response = caller.stream("HangLate", Request::new(one)).await.unwrap();
+    let mut notes = response.into_inner();
+    assert_eq!(notes.message().await.unwrap().unwrap().text, "first");
+    proxy.replace(&of((1, 0))).await;
+    let ended = notes.message().await.unwrap_err();
+    assert_eq!(ended.code(), Code::Unavailable);
+    eventually("it is taken back", || service.hanging() == 0).await;
+    let failures = [("backend", "shop-canary")];
+    assert_eq!(proxy.metric("serin_request_failures_total", &failures), 0.0);
+
+    let (stable, canary) = (http1().await, http1().await);
+    let of = |weights| config(stable, canary, weights, "whenMoved: cut");
+    let proxy = Proxy::start(&of((0, 1)));
+    let mut socket = by_upgrade(proxy.address()).await;
+    send(&mut socket, Message::text("hello")).await.unwrap();
+    assert!(socket.next().await.unwrap().is_ok());
+    let disabled = of((0, 1)).replace("version: '2',", "version: '2', disabled: true,");
+    proxy.replace(&disabled).await;
+    assert!(!matches!(socket.next().await, Some(Ok(_))));
+    assert_eq!(moved(&proxy), 1.0);
+}
+
+#[tokio::test]
+async fn pinned_streams_stay() {
+    let (stable, canary) = (http1().await, http1().await);
+    let of = |weights| config(stable, canary, weights, "whenMoved: pin");
+    let proxy = Proxy::start(&of((0, 1)));
+    let mut socket = by_upgrade(proxy.address()).await;
+    proxy.replace(&of((1, 0))).await;
+    for _ in 0..3 {
+        send(&mut socket, Message::text("hello")).await.unwrap();
+        assert!(socket.next().await.unwrap().is_ok());
+    }
+    assert_eq!(moved(&proxy), 0.0);
+}
