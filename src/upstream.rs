@@ -9,6 +9,7 @@
 mod connect;
 mod early;
 pub mod probe;
+mod room;
 mod shape;
 mod shared;
 
@@ -34,12 +35,15 @@ use crate::snapshot::Snapshot;
 use crate::telemetry::metrics::{Level, Metrics};
 
 use connect::{Connected, connect};
+use room::{Place, Room};
 use shared::{Claim, Opening, Shared};
 
 /// The connections of one worker.
 #[derive(Debug)]
 pub struct Pools<B> {
     pools: RefCell<HashMap<EndpointId, Pool<B>>>,
+    /// How many connections there are to the endpoints of each backend.
+    rooms: RefCell<HashMap<Arc<str>, Rc<Room>>>,
     metrics: Arc<Metrics>,
 }
 
@@ -58,6 +62,8 @@ struct Pool<B> {
     /// How many connections there are to the backend; kept here so that a new one finds it without
     /// a look-up.
     level: Arc<Level>,
+    /// The same for this worker alone.
+    room: Rc<Room>,
 }
 
 #[derive(Debug)]
@@ -125,6 +131,8 @@ pub enum SendError {
     Exchange(hyper::Error),
     /// The connection broke before a byte of the request was written.
     Unsent(hyper::Error),
+    /// The backend has as many connections as it may have, and none became free in time.
+    Crowded,
     /// The endpoint speaks HTTP/2 alone, and takes no extended CONNECT (RFC 8441 section 3).
     NoTunnel,
 }
@@ -162,6 +170,7 @@ impl fmt::Display for SendError {
             Self::Connect(error) => write!(f, "cannot connect: {error}"),
             Self::ConnectTimeout => f.write_str("the connection did not stand in time"),
             Self::Exchange(error) | Self::Unsent(error) => write!(f, "{error}"),
+            Self::Crowded => f.write_str("no connection became free in time"),
             Self::NoTunnel => f.write_str("the endpoint takes no extended CONNECT"),
         }
     }
@@ -179,6 +188,7 @@ where
     pub fn new(metrics: Arc<Metrics>) -> Rc<Self> {
         Rc::new(Self {
             pools: RefCell::default(),
+            rooms: RefCell::default(),
             metrics,
         })
     }
@@ -228,7 +238,8 @@ where
     }
 
     async fn send_anew(self: &Rc<Self>, to: To<'_>, mut request: Request<B>) -> Sent<B> {
-        loop {
+        let patience = tokio::time::Instant::now() + to.backend.gate_limits.queue_timeout;
+        let place = loop {
             while let Some(connection) = self.take(to) {
                 if !connection.takes(to.needs) {
                     return Err(SendError::NoTunnel);
@@ -239,12 +250,21 @@ where
                     Err((error, None)) => return Err(SendError::Exchange(error)),
                 }
             }
-            match self.opening(to) {
-                Some(opening) => opening.wait().await?,
-                None => break,
+            if let Some(opening) = self.opening(to) {
+                opening.wait().await?;
+                continue;
             }
-        }
-        let connection = self.connect(to).await?;
+            let room = self.room(to.backend);
+            if let Some(place) = room.take(self.most(to.backend)) {
+                break place;
+            }
+            // One that rests is of use to nobody else.
+            self.close_idle(&room);
+            if !room.wait(patience).await {
+                return Err(SendError::Crowded);
+            }
+        };
+        let connection = self.connect(to, place).await?;
         if !connection.takes(to.needs) {
             return Err(SendError::NoTunnel);
         }
@@ -270,6 +290,9 @@ where
             pool.shared.retain(|shared| !shared.is_unused_since(then));
             true
         });
+        self.rooms
+            .borrow_mut()
+            .retain(|_, room| Rc::strong_count(room) > 1);
     }
 
     /// Hands a request to the connection at once; what is left to wait for has no room for it.
@@ -347,9 +370,36 @@ where
         pools.get(&to.endpoint.id)?.opening.clone()
     }
 
-    async fn connect(self: &Rc<Self>, to: To<'_>) -> Result<Connection<B>, SendError> {
+    /// How many connections this worker has to a backend.
+    fn room(&self, backend: &Backend) -> Rc<Room> {
+        let mut rooms = self.rooms.borrow_mut();
+        Rc::clone(rooms.entry(Arc::clone(&backend.name)).or_default())
+    }
+
+    /// How many it may have: its part, but at least one.
+    fn most(&self, backend: &Backend) -> usize {
+        let most = backend.connections.most;
+        most.map_or(usize::MAX, |most| (most / self.metrics.workers()).max(1))
+    }
+
+    /// Closes the connection that has rested for longest among those in a room, if one does.
+    fn close_idle(&self, room: &Rc<Room>) {
+        let mut pools = self.pools.borrow_mut();
+        let resting = pools
+            .values_mut()
+            .filter(|pool| Rc::ptr_eq(&pool.room, room) && !pool.idle.is_empty());
+        if let Some(pool) = resting.min_by_key(|pool| pool.idle[0].since) {
+            pool.idle.remove(0).connection.task.abort();
+        }
+    }
+
+    async fn connect(
+        self: &Rc<Self>,
+        to: To<'_>,
+        place: Place,
+    ) -> Result<Connection<B>, SendError> {
         let (level, opening) = self.begin_opening(to);
-        let connected = connect(&to, level.up()).await;
+        let connected = connect(&to, (level.up(), Some(place))).await;
         if let (Some(opening), Err(error)) = (&opening, &connected) {
             opening.opening.fail(error);
         }
@@ -374,8 +424,10 @@ where
     }
 
     fn begin_opening(self: &Rc<Self>, to: To<'_>) -> (Arc<Level>, Option<Opener<B>>) {
+        let room = self.room(to.backend);
         let mut pools = self.pools.borrow_mut();
         let pool = pools.entry(to.endpoint.id).or_insert_with(|| Pool {
+            room,
             policy: to.backend.connections,
             fingerprint: to.backend.transport.fingerprint,
             idle: Vec::new(),
@@ -415,6 +467,7 @@ where
                 connection,
                 since: Instant::now(),
             });
+            pool.room.tell();
         }
     }
 }

@@ -102,6 +102,7 @@ impl ProxyError {
             SendError::Connect(error) if is_exhaustion(&error) => Self::Exhausted(error),
             SendError::Connect(error) => Self::Connect(error),
             SendError::ConnectTimeout => Self::ConnectTimeout,
+            SendError::Crowded => Self::Crowded(Crowded::WaitedTooLong),
             SendError::NoTunnel => Self::UpgradeFailed,
             SendError::Unsent(error) => Self::Unsent(error),
             SendError::Exchange(error) if is_refusal(&error) => Self::Unsent(error),

@@ -389,6 +389,11 @@ impl Metrics {
         )
     }
 
+    /// The number of workers.
+    pub fn workers(&self) -> usize {
+        self.workers
+    }
+
     /// A gauge by name and labels.
     pub fn gauge(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Gauge {
         self.recorder.register_gauge(&key(name, labels), &METADATA)

@@ -27,6 +27,7 @@ use crate::tls::ALPN_HTTP2;
 use crate::tls::client::ClientTls;
 
 use super::early::AnsweredEarly;
+use super::room::Place;
 use super::shared::{Peer, Shared};
 use super::{Dedicated, SendError, To};
 
@@ -63,11 +64,14 @@ pin_project! {
 #[derive(Debug)]
 struct Driver<C>(RefCell<Option<Pin<Box<C>>>>);
 
+/// Counts a connection for as long as it lives.
+pub(super) type Counted = (Up, Option<Place>);
+
 /// What is taken for the peer's limit before it has sent one: nobody sends that.
 const UNKNOWN_LIMIT: usize = usize::MAX - 1;
 
 /// Connects to an endpoint; the connection counts as one of the backend's until it has ended.
-pub(super) async fn connect<B>(to: &To<'_>, up: Up) -> Result<Connected<B>, SendError>
+pub(super) async fn connect<B>(to: &To<'_>, counted: Counted) -> Result<Connected<B>, SendError>
 where
     B: Body + Unpin + 'static,
     B::Data: Send + 'static,
@@ -77,9 +81,9 @@ where
         let dialled = dial(to).await;
         let (stream, speaks_http2) = dialled.map_err(SendError::Connect)?;
         if speaks_http2 {
-            Box::pin(handshake_http2(to.backend, stream, up)).await
+            Box::pin(handshake_http2(to.backend, stream, counted)).await
         } else {
-            handshake_http1(stream, up).await
+            handshake_http1(stream, counted).await
         }
     };
     timeout(to.backend.connections.connect_timeout, connecting)
@@ -122,7 +126,7 @@ async fn dial_tls(stream: TcpStream, tls: &ClientTls, to: &To<'_>) -> io::Result
     Ok((Stream::tls(stream), speaks_http2))
 }
 
-async fn handshake_http1<B>(stream: Stream, up: Up) -> Result<Connected<B>, SendError>
+async fn handshake_http1<B>(stream: Stream, counted: Counted) -> Result<Connected<B>, SendError>
 where
     B: Body + Unpin + 'static,
     B::Data: Send + 'static,
@@ -132,7 +136,7 @@ where
         .await
         .map_err(|error| SendError::Connect(io::Error::other(error)))?;
     let task = tokio::task::spawn_local(async move {
-        let _up = up;
+        let _counted = counted;
         if let Err(error) = driver.with_upgrades().await {
             debug!(%error, "upstream connection ended");
         }
@@ -146,7 +150,7 @@ where
 async fn handshake_http2<B>(
     backend: &Backend,
     stream: Stream,
-    up: Up,
+    counted: Counted,
 ) -> Result<Connected<B>, SendError>
 where
     B: Body + Unpin + 'static,
@@ -168,10 +172,11 @@ where
         .handshake::<_, B>(stream)
         .await
         .map_err(|error| SendError::Connect(io::Error::other(error)))?;
+    let room = counted.1.as_ref().map(|place| Rc::clone(place.room()));
     let driver = Rc::new(Driver(RefCell::new(Some(Box::pin(driver)))));
     let (driven, watched) = (Rc::clone(&driver), Rc::clone(&settings));
     tokio::task::spawn_local(async move {
-        let _up = up;
+        let _counted = counted;
         if let Err(error) = poll_fn(|cx| driven.poll(cx)).await {
             debug!(%error, "upstream connection ended");
         }
@@ -189,6 +194,7 @@ where
         sender,
         driver,
         policy.max_requests,
+        room,
     )))
 }
 

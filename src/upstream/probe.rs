@@ -10,7 +10,7 @@ use hyper::body::{Body, Incoming};
 use crate::backend::{Backend, Endpoint};
 use crate::telemetry::metrics::Level;
 
-use super::connect::{Connected, connect as make};
+use super::connect::{Connected, Counted, connect as make};
 use super::{Needs, SendError, To, shape};
 
 /// Makes a connection, up to where a request could be sent, and closes it.
@@ -20,7 +20,7 @@ use super::{Needs, SendError, To, shape};
 /// See [`SendError`].
 pub async fn connect(backend: &Backend, endpoint: &Endpoint) -> Result<(), SendError> {
     let to = to(backend, endpoint);
-    let connected = make::<http_body_util::Empty<bytes::Bytes>>(&to, uncounted().up()).await;
+    let connected = make::<http_body_util::Empty<bytes::Bytes>>(&to, uncounted()).await;
     connected.map(drop)
 }
 
@@ -40,7 +40,7 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let to = to(backend, endpoint);
-    let response = match make::<B>(&to, uncounted().up()).await? {
+    let response = match make::<B>(&to, uncounted()).await? {
         Connected::Http1(mut connection) => {
             shape::http1(&mut request);
             connection.sender.send_request(request).await
@@ -70,6 +70,6 @@ fn to<'t>(backend: &'t Backend, endpoint: &'t Endpoint) -> To<'t> {
 }
 
 /// Connections that ask are none of those that serve.
-fn uncounted() -> Arc<Level> {
-    Arc::default()
+fn uncounted() -> Counted {
+    (Arc::<Level>::default().up(), None)
 }

@@ -11,6 +11,7 @@ use hyper::client::conn::http2::SendRequest;
 use tokio::sync::Notify;
 
 use super::SendError;
+use super::room::Room;
 
 /// How much of what a peer allows is used before another connection is opened, in percent: one that
 /// is full makes requests wait.
@@ -24,6 +25,8 @@ pub(super) struct Shared<B> {
     /// The most requests at a time, whatever the peer allows.
     limit: usize,
     in_use: Cell<usize>,
+    /// Where it is counted; who waits there may wait for a place on it.
+    room: Option<Rc<Room>>,
     idle_since: Cell<Instant>,
 }
 
@@ -61,13 +64,19 @@ impl<B> Shared<B>
 where
     B: Body + 'static,
 {
-    pub(super) fn new(sender: SendRequest<B>, peer: Rc<dyn Peer>, limit: usize) -> Rc<Self> {
+    pub(super) fn new(
+        sender: SendRequest<B>,
+        peer: Rc<dyn Peer>,
+        limit: usize,
+        room: Option<Rc<Room>>,
+    ) -> Rc<Self> {
         Rc::new(Self {
             sender,
             peer,
             limit,
             in_use: Cell::new(0),
             idle_since: Cell::new(Instant::now()),
+            room,
         })
     }
 
@@ -111,6 +120,9 @@ impl<B> Drop for Claim<B> {
         if left == 0 {
             self.0.idle_since.set(Instant::now());
         }
+        if let Some(room) = &self.0.room {
+            room.tell();
+        }
     }
 }
 
@@ -136,7 +148,7 @@ impl Opening {
             SendError::Exchange(error) | SendError::Unsent(error) => {
                 Failure::Connect(io::ErrorKind::Other, None, error.to_string())
             }
-            SendError::NoTunnel => return,
+            SendError::Crowded | SendError::NoTunnel => return,
         };
         *self.failure.borrow_mut() = Some(failure);
     }

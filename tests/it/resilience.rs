@@ -452,3 +452,176 @@ async fn without_checks_nothing_of_them_stays() {
     let is_in = || proxy.app().live().load().backends[1].is_available();
     eventually("nothing is held against it", is_in).await;
 }
+
+#[tokio::test]
+async fn a_backend_has_so_many_connections_and_those_that_rest_make_room() {
+    for (upstream, protocol) in [
+        (Upstream::start("one").await, "http1"),
+        (Upstream::h2c_with("one", 1).await, "h2c"),
+    ] {
+        let own = format!(
+            "version: '1', protocol: {protocol}, limits: {{ connections: 2, queueTimeout: 100h }},"
+        );
+        let config = single(upstream.address, "").replace("version: '1',", &own);
+        let proxy = Proxy::start(&format!("workers: 1\n{config}"));
+        let mut held = Vec::new();
+        for _ in 0..2 {
+            let mut raw = Raw::connect(proxy.address()).await;
+            raw.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
+            held.push(raw);
+        }
+        eventually("both are there", || upstream.held() == 2).await;
+        let mut third = Raw::connect(proxy.address()).await;
+        third.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        let in_flight = || proxy.metric("serin_requests_in_flight", &[("backend", "only")]);
+        eventually("it waits", || in_flight() == 3.0).await;
+        assert_eq!((upstream.connections(), upstream.requests()), (2, 2));
+        upstream.release();
+        third.read_until("one").await;
+        assert_eq!(upstream.connections(), 2, "{protocol}");
+    }
+    let (one, other) = (Upstream::start("one").await, Upstream::start("other").await);
+    let both = format!("'{}', '{}'", one.address, other.address);
+    let limit = "version: '1', limits: { connections: 1 },";
+    let config = single(one.address, "")
+        .replace(&format!("'{}'", one.address), &both)
+        .replace("version: '1',", limit);
+    let proxy = Proxy::start(&format!("workers: 1\n{config}"));
+    let mut client = Client::connect(proxy.address()).await;
+    for _ in 0..20 {
+        assert_eq!(client.get("/", &[]).await.status, StatusCode::OK);
+    }
+    assert!(one.requests() > 0 && other.requests() > 0);
+}
+
+#[tokio::test]
+async fn a_connection_that_does_not_become_free_is_not_waited_for_for_ever() {
+    let upstream = Upstream::start("one").await;
+    let limits = "version: '1', limits: { connections: 1, queueTimeout: 50ms },";
+    let config = single(upstream.address, "").replace("version: '1',", limits);
+    let proxy = Proxy::start(&format!("workers: 1\n{config}"));
+    let mut raw = Raw::connect(proxy.address()).await;
+    raw.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    eventually("it is there", || upstream.held() == 1).await;
+    let reply = send(&proxy, Method::GET, "/").await;
+    assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(reply.header("retry-after"), Some("1"));
+}
+
+/// A server of grpc.health.v1 that serves or does not.
+async fn health_service(serves: Arc<AtomicUsize>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let serves = Arc::clone(&serves);
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(stream).await.unwrap();
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    assert_eq!(request.uri().path(), "/grpc.health.v1.Health/Check");
+                    let mut body = request.into_body();
+                    let message = body.data().await.unwrap().unwrap();
+                    assert_eq!(&message[..], b"\0\0\0\0\x06\x0a\x04shop");
+                    let head = http::Response::builder().header("content-type", "application/grpc");
+                    let mut stream = respond
+                        .send_response(head.body(()).unwrap(), false)
+                        .unwrap();
+                    let status = serves.load(Ordering::SeqCst) as u8;
+                    let answer = [0, 0, 0, 0, 2, 8, status];
+                    stream.send_data(answer.to_vec().into(), false).unwrap();
+                    let mut trailers = http::HeaderMap::new();
+                    trailers.insert("grpc-status", "0".parse().unwrap());
+                    stream.send_trailers(trailers).unwrap();
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn endpoints_are_asked_by_grpc_and_by_connections_too() {
+    let serves = Arc::new(AtomicUsize::new(1));
+    let service = health_service(Arc::clone(&serves)).await;
+    let check = "version: '2', protocol: h2c, healthCheck: { grpc: { service: shop }, interval: 20ms, unhealthyAfter: 1, healthyAfter: 1 },";
+    let stable = Upstream::start("stable").await;
+    let config = shop(stable.address, service, ALL, "");
+    let proxy = Proxy::start(&config.replace("version: '2',", check));
+    let is_in = || proxy.app().live().load().backends[1].is_available();
+    eventually("it serves", is_in).await;
+    serves.store(2, Ordering::SeqCst);
+    eventually("it does not", || !is_in()).await;
+    serves.store(1, Ordering::SeqCst);
+    eventually("it serves again", is_in).await;
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let check = "version: '2', healthCheck: { tcp: {}, interval: 20ms, unhealthyAfter: 1 },";
+    let config = shop(stable.address, address, ALL, "");
+    let proxy = Proxy::start(&config.replace("version: '2',", check));
+    let is_in = || proxy.app().live().load().backends[1].is_available();
+    eventually("it accepts", is_in).await;
+    drop(listener);
+    eventually("it does not", || !is_in()).await;
+}
+
+/// An endpoint of HTTP/2 that refuses the first call and takes the next.
+#[tokio::test]
+async fn what_an_endpoint_refuses_is_sent_again_whatever_its_method() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(stream).await.unwrap();
+                let mut calls = 0;
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    calls += 1;
+                    if calls % 2 == 1 {
+                        respond.send_reset(h2::Reason::REFUSED_STREAM);
+                        continue;
+                    }
+                    tokio::spawn(async move {
+                        let mut body = request.into_body();
+                        let mut length = 0;
+                        while let Some(Ok(data)) = body.data().await {
+                            length += data.len();
+                        }
+                        let response = http::Response::new(());
+                        let mut stream = respond.send_response(response, false).unwrap();
+                        let length = length.to_string();
+                        stream.send_data(length.into(), true).unwrap();
+                    });
+                }
+            });
+        }
+    });
+    let config = single(address, "").replace("version: '1',", "version: '1', protocol: h2c,");
+    let proxy = Proxy::start(&format!("workers: 1\n{config}"));
+    let mut client = Client::connect(proxy.address()).await;
+    for _ in 0..3 {
+        let body = vec![0; 1000];
+        let reply = client.send(Method::POST, "/", &[], body).await.unwrap();
+        assert_eq!(reply.text(), "1000");
+    }
+    assert_eq!(proxy.metric("serin_retries_total", &[]), 3.0);
+}
+
+/// Calls that fail are failures, though their heads say 200.
+#[tokio::test]
+async fn an_endpoint_whose_calls_fail_is_ejected() {
+    use crate::support::grpc::{Caller, Service, note};
+    let service = Service::start("one").await;
+    let own = "version: '2', protocol: h2c,";
+    let config = shop(service.address, service.address, ALL, "").replace("version: '2',", own);
+    let proxy = Proxy::start(&config);
+    let caller = Caller::connect(proxy.address()).await;
+    for _ in 0..5 {
+        let failing = tonic::Request::new(note("no", 14));
+        caller.unary("FailLate", failing).await.unwrap_err();
+    }
+    eventually("it is ejected", || {
+        canary(&proxy, "serin_ejections_total", &[]) == 1.0
+    })
+    .await;
+}
