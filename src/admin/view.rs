@@ -95,11 +95,15 @@ pub struct RouteBackendView {
 
 /// One backend of `GET /api/v1/backends`.
 #[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct BackendView {
     name: String,
     version: String,
     disabled: bool,
     available: bool,
+    /// Requests that it has, and that wait for room.
+    in_flight: usize,
+    queued: usize,
     endpoints: Vec<EndpointView>,
 }
 
@@ -109,6 +113,8 @@ pub struct BackendView {
 pub struct EndpointView {
     address: String,
     in_flight: usize,
+    /// Why it gets no requests: `unchecked`, `unhealthy`, `ejected`; none means that it gets them.
+    impediments: Vec<&'static str>,
 }
 
 /// The reply to a reload.
@@ -279,6 +285,10 @@ pub fn backends(snapshot: &Snapshot) -> Vec<BackendView> {
     let endpoint = |endpoint: &std::sync::Arc<crate::backend::Endpoint>| EndpointView {
         address: endpoint.address.to_string(),
         in_flight: endpoint.in_flight(),
+        impediments: endpoint
+            .impediments()
+            .map(crate::backend::Impediment::as_str)
+            .collect(),
     };
     snapshot
         .backends
@@ -288,6 +298,8 @@ pub fn backends(snapshot: &Snapshot) -> Vec<BackendView> {
             version: backend.version.to_string(),
             disabled: backend.disabled,
             available: backend.is_available(),
+            in_flight: backend.gate.inside(),
+            queued: backend.gate.waiting(),
             endpoints: backend.endpoints.iter().map(endpoint).collect(),
         })
         .collect()

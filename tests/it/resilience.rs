@@ -122,6 +122,8 @@ async fn after_five_failures_the_canary_is_ejected_and_its_users_are_failed_over
         proxy.metric("serin_routing_decisions_total", &decisions),
         3.0
     );
+    let backends = get(proxy.admin(), "/api/v1/backends", &[]).await.json();
+    assert_eq!(backends[1]["endpoints"][0]["impediments"][0], "ejected");
     let metrics = get(proxy.admin(), "/metrics", &[]).await;
     let healthy = "serin_endpoint_healthy{backend=\"shop-canary\"";
     let line = metrics
