@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
+use rustls::pki_types::ServerName;
 
 use crate::proxy_protocol::Version;
 use crate::tls::client::ClientTls;
@@ -114,6 +115,8 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// The same as text.
     pub authority: Box<str>,
+    /// The name that its certificate must be for, where it follows from what it is named by.
+    pub certified: Option<ServerName<'static>>,
     in_flight: AtomicUsize,
 }
 
@@ -127,9 +130,13 @@ pub struct Lease {
 /// next.
 #[derive(Debug, Default)]
 pub struct Endpoints {
-    known: HashMap<(Arc<str>, SocketAddr), Arc<Endpoint>>,
+    known: HashMap<EndpointKey, Arc<Endpoint>>,
     created: u64,
 }
+
+/// Backend, address, and the name on the certificate: with another name, connections that stand say
+/// nothing.
+type EndpointKey = (Arc<str>, SocketAddr, Option<ServerName<'static>>);
 
 // === impl Backend ===
 
@@ -238,16 +245,27 @@ impl Drop for Lease {
 impl Endpoints {
     /// The endpoint of `backend` at `address`, the living one where there is one.
     pub fn get_or_create(&mut self, backend: &Arc<str>, address: SocketAddr) -> Arc<Endpoint> {
+        self.get_or_create_certified(backend, address, None)
+    }
+
+    /// As `get_or_create`, with the name that its certificate must be for.
+    pub fn get_or_create_certified(
+        &mut self,
+        backend: &Arc<str>,
+        address: SocketAddr,
+        certified: Option<ServerName<'static>>,
+    ) -> Arc<Endpoint> {
         let created = &mut self.created;
         let endpoint = self
             .known
-            .entry((Arc::clone(backend), address))
+            .entry((Arc::clone(backend), address, certified.clone()))
             .or_insert_with(|| {
                 *created += 1;
                 Arc::new(Endpoint {
                     id: EndpointId(*created),
                     address,
                     authority: address.to_string().into(),
+                    certified,
                     in_flight: AtomicUsize::new(0),
                 })
             });

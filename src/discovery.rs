@@ -2,8 +2,11 @@
 //!
 //! A name is asked for again when its records have expired. What was found last stays in force when
 //! asking fails, whatever the reason: an address that was right a minute ago is worth more than
-//! none. [`resolution`] and [`schedule`] decide that and are pure; [`resolver`] asks.
+//! none. [`resolution`] and [`schedule`] decide that and are pure; [`resolver`] asks, and [`job`]
+//! keeps asking and hands what it learns to [`control`](crate::control), which alone compiles it
+//! into a snapshot. Files of endpoints are read and followed by [`config`](crate::config).
 
+pub mod job;
 pub mod locator;
 pub mod resolution;
 pub mod resolver;

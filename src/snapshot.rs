@@ -16,10 +16,12 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use http::header::{HeaderName, HeaderValue};
 use ipnet::IpNet;
+use rustls::pki_types::ServerName;
 use tokio::sync::watch;
 
 use crate::backend::{Backend, ConnectionPolicy, EndpointId, Endpoints, HeaderEdits};
 use crate::config::{self, Config};
+use crate::discovery::Located;
 use crate::filter::Filters;
 use crate::routing::gray::{Dice, Override, Rule, Step};
 use crate::routing::split::Split;
@@ -146,10 +148,12 @@ pub struct Held {
     access_log: Option<Rc<WorkerLog>>,
 }
 
-/// Compiles a checked configuration. `lists` are its user lists in the order of the file.
+/// Compiles a checked configuration. `lists` are its user lists in the order of the file, and
+/// `endpoints` those of each backend.
 pub fn compile(
     config: &Config,
     lists: &[Arc<UserList>],
+    endpoints: &[Vec<Located>],
     revision: Revision,
     living: &mut Living,
     metrics: &Metrics,
@@ -157,7 +161,9 @@ pub fn compile(
     let backends: Vec<Arc<Backend>> = config
         .backends
         .iter()
-        .map(|backend| Arc::new(compile_backend(backend, &mut living.endpoints)))
+        .zip(endpoints)
+        .map(|(backend, located)| compile_backend(backend, located, &mut living.endpoints))
+        .map(Arc::new)
         .collect();
     let mut table = RouteTable::default();
     for (index, route) in config.routes.iter().enumerate() {
@@ -213,15 +219,26 @@ fn compile_listener(listener: &config::Listener, tickets: &mut Tickets) -> Liste
     }
 }
 
-fn compile_backend(backend: &config::Backend, endpoints: &mut Endpoints) -> Backend {
+fn compile_backend(
+    backend: &config::Backend,
+    located: &[Located],
+    endpoints: &mut Endpoints,
+) -> Backend {
+    let tls = backend.transport.tls.as_ref();
+    let names_matter = tls.is_some_and(|tls| tls.common_name().is_none());
+    let certified = |located: &Located| {
+        let name = located.name.as_ref().filter(|_| names_matter)?;
+        ServerName::try_from(name.certified_host().to_owned()).ok()
+    };
     Backend {
         name: Arc::clone(&backend.name),
         version: Arc::clone(&backend.version),
         disabled: backend.disabled,
-        endpoints: backend
-            .endpoints
+        endpoints: located
             .iter()
-            .map(|address| endpoints.get_or_create(&backend.name, *address))
+            .map(|one| {
+                endpoints.get_or_create_certified(&backend.name, one.address, certified(one))
+            })
             .collect(),
         request_headers: backend.request_headers.clone(),
         response_headers: backend.response_headers.clone(),

@@ -1,17 +1,22 @@
 //! The shapes of the admin API. Core types are not shown as they are, so that they can change
 //! without breaking anybody.
 
+mod discovery;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::{Backend, Endpoint};
 use crate::config::{ConfigFile, Problem, Problems};
 use crate::control::{Status, Watching};
 use crate::explain::Question;
 use crate::routing::BASELINE;
 use crate::snapshot::{Route, Snapshot};
+
+use discovery::{Discovered, EndpointsFileView, NameView, OriginView};
 
 /// `GET /api/v1/config`: the configuration in force.
 #[derive(Debug, Serialize)]
@@ -95,12 +100,19 @@ pub struct RouteBackendView {
 
 /// One backend of `GET /api/v1/backends`.
 #[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct BackendView {
     name: String,
     version: String,
     disabled: bool,
     available: bool,
     endpoints: Vec<EndpointView>,
+    /// The names that stand for some of them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    names: Vec<NameView>,
+    /// The file that names some of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    endpoints_file: Option<EndpointsFileView>,
 }
 
 /// One endpoint.
@@ -109,6 +121,8 @@ pub struct BackendView {
 pub struct EndpointView {
     address: String,
     in_flight: usize,
+    #[serde(flatten)]
+    origin: Option<OriginView>,
 }
 
 /// The reply to a reload.
@@ -275,22 +289,31 @@ impl RouteView {
 }
 
 /// `GET /api/v1/backends`.
-pub fn backends(snapshot: &Snapshot) -> Vec<BackendView> {
-    let endpoint = |endpoint: &std::sync::Arc<crate::backend::Endpoint>| EndpointView {
-        address: endpoint.address.to_string(),
-        in_flight: endpoint.in_flight(),
-    };
+pub fn backends(snapshot: &Snapshot, status: &Status) -> Vec<BackendView> {
     snapshot
         .backends
         .iter()
-        .map(|backend| BackendView {
+        .map(|backend| BackendView::new(backend, Discovered::new(status, &backend.name)))
+        .collect()
+}
+
+impl BackendView {
+    fn new(backend: &Backend, discovered: Discovered) -> Self {
+        let endpoint = |endpoint: &std::sync::Arc<Endpoint>| EndpointView {
+            address: endpoint.address.to_string(),
+            in_flight: endpoint.in_flight(),
+            origin: discovered.origins.get(&endpoint.address).cloned(),
+        };
+        Self {
             name: backend.name.to_string(),
             version: backend.version.to_string(),
             disabled: backend.disabled,
             available: backend.is_available(),
             endpoints: backend.endpoints.iter().map(endpoint).collect(),
-        })
-        .collect()
+            names: discovered.names,
+            endpoints_file: discovered.file,
+        }
+    }
 }
 
 // === impl Failure ===
