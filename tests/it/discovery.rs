@@ -10,6 +10,7 @@ use http::StatusCode;
 use serin::discovery::resolver::Resolver;
 use serin::discovery::{Locator, Settings};
 
+use crate::cli::{Running, output};
 use crate::reload::{Load, Volume, rename_over};
 use crate::support::dns::{DnsServer, Manner};
 use crate::support::tls::Authority;
@@ -481,6 +482,69 @@ async fn a_certificate_must_be_for_the_host_that_the_endpoint_is_named_by() {
         let reply = get(proxy.address(), "/", &[]).await;
         assert_eq!(reply.status, status, "{endpoint}{tls}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_says_when_a_name_begins_to_fail_and_not_with_every_attempt() {
+    let server = DnsServer::start();
+    let ([one], port) = upstreams(["one"]).await;
+    server.host(SHOP, &ips(&[&one]));
+    server.behave(Manner::Nxdomain);
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("serin.yaml");
+    fs::write(&file, with_head(&config(&server, &by_name(port)))).unwrap();
+    let mut running = Running::start(&file);
+    let said = running.wait_for("does not exist");
+    assert!(
+        said.contains("it has no endpoints until it can be resolved"),
+        "{said}"
+    );
+    let asked = server.queries();
+    eventually("it is tried again", || server.queries() > asked + 10).await;
+    server.behave(Manner::Well);
+    let moved = running.wait_for("endpoints have moved");
+    assert!(moved.contains(&one.address.to_string()), "{moved}");
+    server.behave(Manner::Servfail);
+    let said = running.wait_for("the DNS server said");
+    assert!(said.contains("its endpoints stay as they are"), "{said}");
+    let asked = server.queries();
+    eventually("it is tried again", || server.queries() > asked + 10).await;
+    server.behave(Manner::Well);
+    running.wait_for("is resolved again");
+    running.wait_for("is resolved again");
+    assert_eq!(running.others("does not exist"), 0, "said more than once");
+    assert_eq!(
+        running.others("the DNS server said"),
+        0,
+        "said more than once"
+    );
+}
+
+#[test]
+fn check_and_explain_ask_nobody_for_names() {
+    let server = DnsServer::start();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("serin.yaml");
+    let config = format!(
+        "{}backends:
+  - {{ name: stable, version: '1', endpoints: ['{SHOP}:80'] }}
+  - {{ name: canary, version: '2', endpoints: ['srv:_http._tcp.{SHOP}'] }}
+routes:
+  - name: shop
+    backendRefs: [ {{ name: stable, weight: 0 }}, {{ name: canary, weight: 1 }} ]
+",
+        dns(&server)
+    );
+    fs::write(&path, with_head(&config)).unwrap();
+    let file = path.to_str().unwrap();
+    let (code, said, problems) = output(&["check", file]);
+    assert_eq!((code, problems.as_str()), (Some(0), ""), "{said}");
+    let (code, said, _) = output(&["explain", "--config", file, "--host", "x", "--path", "/"]);
+    assert_eq!(code, Some(0));
+    // As if they could be resolved: nobody would be sent to the baseline for want of an answer.
+    assert!(said.contains("backend    canary"), "{said}");
+    assert!(!said.contains("takes no requests"), "{said}");
+    assert_eq!(server.queries(), 0);
 }
 
 // === Files ===
