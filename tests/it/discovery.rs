@@ -75,6 +75,16 @@ async fn moved_to(proxy: &Proxy, upstreams: &[&Upstream]) {
     let mut wanted: Vec<SocketAddr> = upstreams.iter().map(|one| one.address).collect();
     wanted.sort_unstable();
     eventually("the endpoints have moved", || endpoints(proxy) == wanted).await;
+    said(proxy).await;
+}
+
+/// Waits until what is in force is on the status board and in the metrics as well.
+async fn said(proxy: &Proxy) {
+    eventually("the status says so", || {
+        let status = proxy.app().board().load();
+        status.revision == proxy.app().live().load().revision
+    })
+    .await;
 }
 
 /// What the admin API says of the only backend.
@@ -277,7 +287,7 @@ async fn a_dns_server_that_never_answers_holds_up_the_start_for_its_timeout_alon
     let ([stable, canary], port) = upstreams(["stable", "canary"]).await;
     server.host(SHOP, &ips(&[&canary]));
     server.behave(Manner::Silent);
-    let many: Vec<String> = (0..500)
+    let many: Vec<String> = (0..3000)
         .map(|n| format!("'host-{n}.internal:80'"))
         .collect();
     let config = format!(
@@ -325,6 +335,7 @@ routes:
         proxy.app().live().load().backends[1].is_available()
     })
     .await;
+    said(&proxy).await;
     assert_eq!(client.get("/", &[]).await.text(), "canary");
     assert!(proxy.metric("serin_dns_last_success_timestamp_seconds", &never) > 1e9);
 }
@@ -433,6 +444,7 @@ async fn a_reload_waits_for_new_names_and_keeps_what_is_known_of_others() {
     assert_eq!(one.connections(), 2, "they stayed warm all the time");
 
     proxy.replace(&config(&server, &address)).await;
+    said(&proxy).await;
     let known = proxy.app().board().load().names.len();
     assert_eq!(known, 0, "and nobody asks for them any more");
     assert!(
