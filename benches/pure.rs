@@ -13,6 +13,7 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use http::{HeaderMap, HeaderValue, Method};
 use serin::config::Config;
 use serin::config::load::{load_list, load_text};
+use serin::discovery::{Located, Names, Origin, locate};
 use serin::routing::RequestHead;
 use serin::routing::split::Split;
 use serin::routing::user_list::{Format, UserList};
@@ -47,6 +48,14 @@ routes:
         .config
 }
 
+fn endpoints(config: &Config) -> Vec<Vec<Located>> {
+    let of = |backend: &serin::config::Backend| {
+        let all = backend.endpoints.iter().map(|one| (one, Origin::Config));
+        locate(all, &Names::new())
+    };
+    config.backends.iter().map(of).collect()
+}
+
 fn headers() -> HeaderMap {
     let mut headers = HeaderMap::new();
     for (name, value) in [
@@ -75,9 +84,12 @@ fn route_and_decide(criterion: &mut Criterion) {
     let headers = headers();
     for routes in [10, 1_000, 10_000] {
         let metrics = Metrics::new(&[], 1);
+        let config = config(routes);
+        let endpoints = endpoints(&config);
         let snapshot = compile(
-            &config(routes),
+            &config,
             &[],
+            &endpoints,
             Revision(1),
             &mut Living::default(),
             &metrics,
@@ -159,13 +171,14 @@ fn snapshot_compile(criterion: &mut Criterion) {
     group.sample_size(20);
     for routes in [10, 1_000, 10_000] {
         let config = config(routes);
+        let endpoints = endpoints(&config);
         let metrics = Metrics::new(&[], 1);
         let mut living = Living::default();
         // As at a reload: endpoints and metric handles are there already.
-        let _living = compile(&config, &[], Revision(1), &mut living, &metrics);
+        let _living = compile(&config, &[], &endpoints, Revision(1), &mut living, &metrics);
         group.bench_function(BenchmarkId::from_parameter(routes), |bencher| {
             bencher.iter(|| {
-                compile(&config, &[], Revision(2), &mut living, &metrics)
+                compile(&config, &[], &endpoints, Revision(2), &mut living, &metrics)
                     .routes
                     .len()
             });

@@ -125,7 +125,7 @@ impl Admin {
             Resource::Config => json(ok, &view::ConfigView::new(&self.board.load())),
             Resource::ConfigStatus => json(ok, &view::StatusView::new(&self.board.load())),
             Resource::Routes => json(ok, &view::routes(&self.live.load())),
-            Resource::Backends => json(ok, &view::backends(&self.live.load())),
+            Resource::Backends => json(ok, &view::backends(&self.live.load(), &self.board.load())),
             Resource::Reload => self.reload().await,
             Resource::Explain => self.explain(request).await,
         }

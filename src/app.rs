@@ -1,7 +1,7 @@
 //! The composition root: from a checked configuration to running threads, and back.
 //!
 //! ```text
-//! serin-control   control (single writer), admin, health
+//! serin-control   control (single writer), admin, health, discovery
 //! serin-reload    follows the files
 //! serin-accept    all listeners
 //! serin-work-N    the requests of its connections
@@ -22,7 +22,11 @@ use crate::config::document::Path;
 use crate::config::load::Loaded;
 use crate::config::watch::{ReloadRequest, Reloader};
 use crate::config::{Problems, Workers};
+use crate::control::endpoints::names_of;
 use crate::control::{Change, Control, StatusBoard, Watching, problem_at};
+use crate::discovery::Names;
+use crate::discovery::job::Discovery;
+use crate::discovery::resolver::resolve_all;
 use crate::health::Watch;
 use crate::health::checks::Checks;
 use crate::proxy::via::Via;
@@ -113,7 +117,11 @@ impl App {
             Follow::Nothing => None,
         };
 
-        let (control, sockets) = Control::new(loaded, watching, Arc::clone(&metrics))?;
+        // Before anybody can connect: a client should not be told that a backend has no endpoints
+        // only because nobody has asked yet.
+        let found = first_names(&loaded).map_err(|error| failed("the resolver", error))?;
+        let (control, sockets) = Control::new(loaded, found, watching, Arc::clone(&metrics))?;
+        let discovery = Discovery::new(control.wanted(), changes.clone());
         let (live, board, sinks) = (control.live(), control.board(), control.sinks());
         let (workers, worker_threads) =
             start_workers(count, &live, &metrics).map_err(|error| failed("the workers", error))?;
@@ -136,6 +144,7 @@ impl App {
         let jobs = ControlJobs {
             control,
             changes: (changes, change_receiver),
+            discovery,
             acceptor,
             admin: (admin_job, admin_socket),
             phase: phase.subscribe(),
@@ -267,6 +276,7 @@ struct ControlJobs {
     control: Control,
     /// With a sender, since control ends when nobody can send any change.
     changes: (mpsc::Sender<Change>, mpsc::Receiver<Change>),
+    discovery: Discovery,
     acceptor: Acceptor,
     admin: (Admin, TcpListener),
     phase: watch::Receiver<Phase>,
@@ -298,6 +308,7 @@ impl ControlJobs {
         tokio::task::spawn_local(Checks::new(live, metrics).run());
         let (admin, socket) = self.admin;
         tokio::task::spawn_local(admin.run(socket));
+        tokio::task::spawn_local(self.discovery.run());
         let (_sender, changes) = self.changes;
         tokio::select! {
             () = self.control.run(changes, self.acceptor) => {}
@@ -306,6 +317,23 @@ impl ControlJobs {
         // Probes and metrics are served to the end of the drain; the sender's end is a drop.
         let _ = self.stopped.await;
     }
+}
+
+/// Asks for all names of endpoints; those that cannot be resolved in time come in later.
+fn first_names(loaded: &Loaded) -> io::Result<Names> {
+    let names = names_of(loaded);
+    if names.is_empty() {
+        return Ok(Names::new());
+    }
+    // On a thread of its own, since the caller may be in a runtime.
+    let ask = || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        Ok(runtime.block_on(resolve_all(&loaded.config.dns, names)))
+    };
+    let asked = std::thread::scope(|scope| scope.spawn(ask).join());
+    asked.unwrap_or_else(|_| Err(io::Error::other("it panicked")))
 }
 
 type Workforce = (Arc<[WorkerHandle]>, Vec<JoinHandle<()>>);

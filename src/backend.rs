@@ -20,7 +20,7 @@ use crate::proxy_protocol::Version;
 use crate::routing::split::Ratio;
 use crate::tls::client::ClientTls;
 
-pub use endpoint::{Endpoint, EndpointId, Endpoints, Impediment, Lease};
+pub use endpoint::{Endpoint, EndpointId, EndpointKey, Endpoints, Impediment, Lease};
 pub use gate::{Crowded, Gate, GateLimits};
 pub use health::HealthCheck;
 pub use outlier::OutlierPolicy;
@@ -335,11 +335,19 @@ mod tests {
 
     use super::*;
 
+    fn key(backend: &Arc<str>, port: u16) -> EndpointKey {
+        EndpointKey {
+            backend: Arc::clone(backend),
+            address: ([127, 0, 0, 1], port).into(),
+            certified: None,
+        }
+    }
+
     fn backend(endpoints: u16) -> (Backend, Endpoints) {
         let mut known = Endpoints::default();
         let name: Arc<str> = "shop".into();
         let endpoints = (1..=endpoints)
-            .map(|port| known.get_or_create(&name, ([127, 0, 0, 1], port).into(), false))
+            .map(|port| known.get_or_create(key(&name, port), false))
             .collect();
         let connections = ConnectionPolicy {
             connect_timeout: Duration::from_secs(1),
@@ -516,13 +524,8 @@ mod tests {
         let gone = backend.endpoints.remove(1).id;
         known.prune();
         let name: Arc<str> = "shop".into();
-        assert_eq!(
-            known
-                .get_or_create(&name, ([127, 0, 0, 1], 1).into(), false)
-                .id,
-            kept
-        );
-        let another = known.get_or_create(&name, ([127, 0, 0, 1], 2).into(), false);
+        assert_eq!(known.get_or_create(key(&name, 1), false).id, kept);
+        let another = known.get_or_create(key(&name, 2), false);
         assert_ne!(another.id, gone);
     }
 }

@@ -11,6 +11,7 @@
 mod check;
 mod decode;
 pub mod document;
+pub mod endpoints_file;
 pub mod file;
 pub mod load;
 pub mod problem;
@@ -28,6 +29,7 @@ use ipnet::IpNet;
 use crate::backend::{
     ConnectionPolicy, GateLimits, HeaderEdits, HealthCheck, OutlierPolicy, Transport,
 };
+use crate::discovery::{self, Locator};
 use crate::filter::Filters;
 use crate::routing::gray::WithoutIdentity;
 use crate::routing::identity::IdentitySource;
@@ -58,6 +60,8 @@ pub struct Config {
     pub duration_buckets: Vec<f64>,
     /// Where a line for each request goes.
     pub access_log: Option<access_log::Settings>,
+    /// How names of endpoints are resolved.
+    pub dns: discovery::Settings,
     /// The versions there are.
     pub backends: Vec<Backend>,
     /// The user lists there are.
@@ -150,8 +154,10 @@ pub struct Backend {
     pub name: Arc<str>,
     /// The version it runs.
     pub version: Arc<str>,
-    /// Its servers.
-    pub endpoints: Vec<SocketAddr>,
+    /// What stands for its servers.
+    pub endpoints: Vec<Locator>,
+    /// The file that names more of them.
+    pub endpoints_file: Option<PathBuf>,
     /// The kill switch.
     pub disabled: bool,
     /// Changes to requests.

@@ -4,17 +4,23 @@
 //! Nothing else may publish a snapshot, so there is no question of which of two changes came first,
 //! and what the status page says is what is in force.
 
+pub(crate) mod endpoints;
+
 use std::collections::{HashMap, HashSet};
+use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 
 use crate::config::document::{Node, Path, Span};
+use crate::config::endpoints_file::LoadedEndpoints;
 use crate::config::load::{Loaded, LoadedList};
 use crate::config::{Config, ListSource, Problem, Problems, Workers};
+use crate::discovery::job::Wanted;
+use crate::discovery::{DnsName, Names, Resolution};
 use crate::routing::UserList;
 use crate::server::acceptor::Acceptor;
 use crate::server::{self, BoundSocket, DrainingListener, OpenListener};
@@ -29,6 +35,8 @@ pub enum Change {
     Config {
         /// What reading it gave.
         loaded: Result<Box<Loaded>, Problems>,
+        /// What was found of the names of endpoints that are new in it.
+        names: Names,
         /// Nobody asked, and it was refused before: the same refusal is no news.
         is_retry: bool,
         /// Told what became of it.
@@ -40,6 +48,20 @@ pub enum Change {
         source: ListSource,
         /// What reading it gave.
         loaded: Result<LoadedList, String>,
+    },
+    /// Names of endpoints were asked for again.
+    Endpoints {
+        /// What is known of them now.
+        resolved: Vec<(DnsName, Arc<Resolution>)>,
+    },
+    /// A file of endpoints was read again.
+    EndpointsFile {
+        /// Which one.
+        path: PathBuf,
+        /// What reading it gave.
+        loaded: Result<LoadedEndpoints, String>,
+        /// What was found of the names that are new in it.
+        names: Names,
     },
     /// Watching files for changes failed, or works again.
     Watching(Watching),
@@ -73,6 +95,10 @@ pub struct Status {
     pub restart_required: Vec<&'static str>,
     /// Lists whose file could not be read again, and why; the ids read before stay in force.
     pub stale_lists: HashMap<ListSource, String>,
+    /// What is known of the names of endpoints.
+    pub names: Arc<Names>,
+    /// Files of endpoints that could not be read again, and why; those read before stay in force.
+    pub stale_endpoints: HashMap<PathBuf, String>,
     /// How file changes are noticed.
     pub watching: Watching,
 }
@@ -94,6 +120,8 @@ pub struct Control {
     /// What the process started with and cannot change.
     fixed: Fixed,
     board: StatusBoard,
+    /// What the job of discovery is to follow.
+    wanted: watch::Sender<Wanted>,
 }
 
 /// How often a replaced snapshot is asked whether it is still in use.
@@ -119,13 +147,15 @@ struct Fixed {
 // === impl Control ===
 
 impl Control {
-    /// Binds the listeners and compiles the first snapshot.
+    /// Binds the listeners and compiles the first snapshot, with what was `found` of the names of
+    /// endpoints.
     ///
     /// # Errors
     ///
     /// The listeners that cannot be bound.
     pub fn new(
         loaded: Loaded,
+        found: Names,
         watching: Watching,
         metrics: Arc<Metrics>,
     ) -> Result<(Self, Vec<BoundSocket>), Problems> {
@@ -144,7 +174,12 @@ impl Control {
             draining: &[],
             access_log: access_log.as_ref(),
         };
-        let first = snapshot(&loaded, &open, revision, &mut living, &metrics);
+        let names = endpoints::merge_names(&metrics, &loaded, &Names::new(), found);
+        let first = snapshot(&loaded, &names, &open, revision, &mut living, &metrics);
+        let wanted = watch::Sender::new(Wanted {
+            settings: loaded.config.dns.clone(),
+            names: Arc::clone(&names),
+        });
         let now = SystemTime::now();
         let status = Status {
             revision,
@@ -154,6 +189,8 @@ impl Control {
             refused: None,
             restart_required: Vec::new(),
             stale_lists: HashMap::new(),
+            names,
+            stale_endpoints: HashMap::new(),
             watching,
         };
         show(&metrics, &status);
@@ -175,6 +212,7 @@ impl Control {
                 sinks,
                 fixed,
                 board,
+                wanted,
             },
             sockets,
         ))
@@ -200,16 +238,23 @@ impl Control {
         Arc::clone(&self.board)
     }
 
+    /// What the job of discovery is to follow.
+    pub fn wanted(&self) -> watch::Receiver<Wanted> {
+        self.wanted.subscribe()
+    }
+
     /// Takes changes until nobody can send any; then the listeners close.
     pub async fn run(mut self, mut changes: mpsc::Receiver<Change>, acceptor: Acceptor) {
         while let Some(change) = changes.recv().await {
             match change {
                 Change::Config {
                     loaded,
+                    names,
                     is_retry,
                     reply,
                 } => {
-                    let result = loaded.and_then(|loaded| self.take_over(*loaded, &acceptor));
+                    let result =
+                        loaded.and_then(|loaded| self.take_over(*loaded, names, &acceptor));
                     let result = result.inspect_err(|problems| {
                         if !(is_retry && self.has_refused(problems)) {
                             self.refuse(problems);
@@ -228,12 +273,28 @@ impl Control {
                     source,
                     loaded: Err(reason),
                 } => self.keep_list(&source, &reason),
+                Change::Endpoints { resolved } => self.take_over_names(resolved),
+                Change::EndpointsFile {
+                    path,
+                    loaded: Ok(endpoints),
+                    names,
+                } => self.take_over_endpoints(&path, endpoints, names),
+                Change::EndpointsFile {
+                    path,
+                    loaded: Err(reason),
+                    ..
+                } => self.keep_endpoints(&path, &reason),
                 Change::Watching(watching) => self.update(|status| status.watching = watching),
             }
         }
     }
 
-    fn take_over(&mut self, loaded: Loaded, acceptor: &Acceptor) -> Result<Revision, Problems> {
+    fn take_over(
+        &mut self,
+        loaded: Loaded,
+        found: Names,
+        acceptor: &Acceptor,
+    ) -> Result<Revision, Problems> {
         let (opened, sockets) = bind_new(&loaded, &self.listeners, &self.metrics)?;
         self.access_log = open_log(&loaded, self.access_log.as_ref(), &self.sinks)?;
         let (mut kept, closed): (Vec<_>, Vec<_>) = std::mem::take(&mut self.listeners)
@@ -254,7 +315,9 @@ impl Control {
         let before = self.live.load();
         let draining = closed.into_iter().filter_map(|open| open.drain(&before));
         self.draining.extend(draining);
-        let revision = self.publish(&loaded);
+        let names = self.known_names(&loaded, found);
+        let revision = self.publish(&loaded, &names);
+        self.want(&loaded, &names);
         for socket in sockets {
             acceptor.open(socket);
         }
@@ -267,8 +330,10 @@ impl Control {
             warn!("{}:{warning}", loaded.path.display());
         }
         info!(%revision, file = %loaded.path.display(), "configuration taken over");
-        let before = Arc::clone(&self.board.load().loaded);
+        let status = self.board.load_full();
+        let before = &status.loaded;
         forget(&self.metrics, &before.config, &loaded.config);
+        endpoints::forget(&self.metrics, &status, &loaded);
         self.metrics
             .counter("serin_config_reloads_total", &[("result", "success")])
             .increment(1);
@@ -282,7 +347,11 @@ impl Control {
             // A list that was not read again is as stale as it was.
             status
                 .stale_lists
-                .retain(|source, _| same_list(&before, &status.loaded, source));
+                .retain(|source, _| same_list(before, &status.loaded, source));
+            status.names = names;
+            status
+                .stale_endpoints
+                .retain(|path, _| same_endpoints(before, &status.loaded, path));
         });
         Ok(revision)
     }
@@ -316,7 +385,8 @@ impl Control {
         }
         info!(list = %names.join(","), entries = list.list.len(), "user list taken over");
         loaded.lists.insert(source.clone(), list);
-        let revision = self.publish(&loaded);
+        let names = Arc::clone(&self.board.load().names);
+        let revision = self.publish(&loaded, &names);
         self.update(|status| {
             status.revision = revision;
             status.loaded = Arc::new(loaded);
@@ -338,7 +408,7 @@ impl Control {
         });
     }
 
-    fn publish(&mut self, loaded: &Loaded) -> Revision {
+    fn publish(&mut self, loaded: &Loaded, names: &Names) -> Revision {
         let revision = Revision(self.board.load().revision.0 + 1);
         self.draining.retain(DrainingListener::has_connections);
         let open = Open {
@@ -346,7 +416,14 @@ impl Control {
             draining: &self.draining,
             access_log: self.access_log.as_ref(),
         };
-        let next = snapshot(loaded, &open, revision, &mut self.living, &self.metrics);
+        let next = snapshot(
+            loaded,
+            names,
+            &open,
+            revision,
+            &mut self.living,
+            &self.metrics,
+        );
         tokio::task::spawn_local(retire(self.live.publish(next)));
         self.living.endpoints.prune();
         let listeners = &loaded.config.listeners;
@@ -416,6 +493,12 @@ fn same_list(before: &Loaded, after: &Loaded, source: &ListSource) -> bool {
         (Some(before), Some(after)) => Arc::ptr_eq(&before.list, &after.list),
         _ => false,
     }
+}
+
+/// True when the file was not read again.
+fn same_endpoints(before: &Loaded, after: &Loaded, path: &FilePath) -> bool {
+    let of = |loaded: &Loaded| loaded.endpoints_files.get(path).map(|file| file.loaded_at);
+    of(before).is_some() && of(before) == of(after)
 }
 
 /// Binds the listeners that are not open yet: before anything is taken over, so that a reload
@@ -508,6 +591,7 @@ fn is_read_by(loaded: &Loaded, output: &Output) -> bool {
     let lists = loaded.lists.keys().map(|list| &list.path);
     files
         .chain(lists)
+        .chain(loaded.endpoints_files.keys())
         .any(|path| path.canonicalize().is_ok_and(|path| path == output))
 }
 
@@ -520,6 +604,7 @@ struct Open<'o> {
 
 fn snapshot(
     loaded: &Loaded,
+    names: &Names,
     open: &Open<'_>,
     revision: Revision,
     living: &mut Living,
@@ -528,6 +613,7 @@ fn snapshot(
     let mut next = compile(
         &loaded.config,
         &lists_in_order(loaded),
+        &endpoints::located(loaded, names),
         revision,
         living,
         metrics,
@@ -544,12 +630,14 @@ fn snapshot(
     next
 }
 
-/// The snapshot that a configuration would give, for those who only want to ask it.
+/// The snapshot that a configuration would give, for those who only want to ask it. Nobody is asked
+/// for names: they count as if they were resolved.
 pub fn offline_snapshot(loaded: &Loaded) -> Snapshot {
     let metrics = Metrics::new(&loaded.config.duration_buckets, 1);
     compile(
         &loaded.config,
         &lists_in_order(loaded),
+        &endpoints::located_offline(loaded),
         Revision(0),
         &mut Living::default(),
         &metrics,
@@ -590,6 +678,7 @@ fn show(metrics: &Metrics, status: &Status) {
         .gauge("serin_config_last_reload_success_timestamp_seconds", &[])
         .set(seconds(status.taken_over_at));
     metrics.set_config_info(status.revision.0, status.loaded.hash);
+    endpoints::show(metrics, status);
     for (file, not_after) in certificates(&status.loaded.config) {
         let gauge = metrics.gauge(NOT_AFTER, &[("certificate", file)]);
         gauge.set(not_after as f64);

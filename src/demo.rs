@@ -24,6 +24,7 @@ use crate::cli::Demo;
 use crate::config::Problems;
 use crate::config::load::{Loaded, load, load_list, load_text};
 use crate::config::watch::POLL_INTERVAL;
+use crate::discovery::Locator;
 use crate::server;
 
 use table::Table;
@@ -165,9 +166,12 @@ fn endpoints(loaded: &Loaded, backend: &str) -> Vec<SocketAddr> {
         .backends
         .iter()
         .find(|known| *known.name == *backend);
-    backend
-        .map(|backend| backend.endpoints.clone())
-        .unwrap_or_default()
+    let locators = backend.map_or(&[][..], |backend| &backend.endpoints);
+    let address = |locator: &Locator| match locator {
+        Locator::Address(address) => Some(*address),
+        Locator::Name(_) => None,
+    };
+    locators.iter().filter_map(address).collect()
 }
 
 fn introduction(web: SocketAddr, admin: SocketAddr, config: Option<&Path>) -> String {

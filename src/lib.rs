@@ -9,6 +9,7 @@
 //! * [`routing`]: which route, which backend, and why; pure;
 //! * [`filter`]: redirects, rewrites and CORS, as the Gateway API has them; pure;
 //! * [`backend`], [`upstream`], [`stream`], [`tls`], [`proxy_protocol`]: the pool of one version, and the connections to it;
+//! * [`discovery`]: endpoints that move, by names and by files;
 //! * [`health`]: takes endpoints out that are not well;
 //! * [`config`]: from the file's text to a configuration that cannot be wrong;
 //! * [`snapshot`], [`control`]: what requests are served by, and the only place that replaces it;
@@ -25,6 +26,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod demo;
+pub mod discovery;
 pub mod explain;
 pub mod filter;
 pub mod health;

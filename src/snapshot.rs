@@ -17,12 +17,15 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use http::header::{HeaderName, HeaderValue};
 use ipnet::IpNet;
+use rustls::pki_types::ServerName;
 use tokio::sync::watch;
 
 use crate::backend::{
-    Backend, ConnectionPolicy, Endpoint, EndpointId, Endpoints, HeaderEdits, Unavailability,
+    Backend, ConnectionPolicy, Endpoint, EndpointId, EndpointKey, Endpoints, HeaderEdits,
+    Unavailability,
 };
 use crate::config::{self, Config, Failover};
+use crate::discovery::Located;
 use crate::filter::Filters;
 use crate::routing::gray::{Dice, Override, Rule, Step};
 use crate::routing::rescue::Rescue;
@@ -167,10 +170,12 @@ pub struct Held {
     access_log: Option<Rc<WorkerLog>>,
 }
 
-/// Compiles a checked configuration. `lists` are its user lists in the order of the file.
+/// Compiles a checked configuration. `lists` are its user lists in the order of the file, and
+/// `endpoints` those of each backend.
 pub fn compile(
     config: &Config,
     lists: &[Arc<UserList>],
+    endpoints: &[Vec<Located>],
     revision: Revision,
     living: &mut Living,
     metrics: &Metrics,
@@ -178,7 +183,9 @@ pub fn compile(
     let backends: Vec<Arc<Backend>> = config
         .backends
         .iter()
-        .map(|backend| Arc::new(compile_backend(backend, &mut living.endpoints)))
+        .zip(endpoints)
+        .map(|(backend, located)| compile_backend(backend, located, &mut living.endpoints))
+        .map(Arc::new)
         .collect();
     let mut table = RouteTable::default();
     for (index, route) in config.routes.iter().enumerate() {
@@ -234,15 +241,18 @@ fn compile_listener(listener: &config::Listener, tickets: &mut Tickets) -> Liste
     }
 }
 
-fn compile_backend(backend: &config::Backend, endpoints: &mut Endpoints) -> Backend {
+fn compile_backend(
+    backend: &config::Backend,
+    located: &[Located],
+    endpoints: &mut Endpoints,
+) -> Backend {
     Backend {
         name: Arc::clone(&backend.name),
         version: Arc::clone(&backend.version),
         disabled: backend.disabled,
-        endpoints: backend
-            .endpoints
+        endpoints: located
             .iter()
-            .map(|address| compile_endpoint(backend, *address, endpoints))
+            .map(|one| compile_endpoint(backend, one, endpoints))
             .collect(),
         request_headers: backend.request_headers.clone(),
         response_headers: backend.response_headers.clone(),
@@ -257,13 +267,27 @@ fn compile_backend(backend: &config::Backend, endpoints: &mut Endpoints) -> Back
     }
 }
 
+/// The name that an endpoint's certificate must be for, where the name that led there says so.
+fn certified(backend: &config::Backend, located: &Located) -> Option<ServerName<'static>> {
+    let tls = backend.transport.tls.as_ref()?;
+    let name = located
+        .name
+        .as_ref()
+        .filter(|_| tls.common_name().is_none())?;
+    ServerName::try_from(name.certified_host().to_owned()).ok()
+}
+
 fn compile_endpoint(
     backend: &config::Backend,
-    address: SocketAddr,
+    located: &Located,
     endpoints: &mut Endpoints,
 ) -> Arc<Endpoint> {
-    let has_checks = backend.health_check.is_some();
-    let endpoint = endpoints.get_or_create(&backend.name, address, has_checks);
+    let key = EndpointKey {
+        backend: Arc::clone(&backend.name),
+        address: located.address,
+        certified: certified(backend, located),
+    };
+    let endpoint = endpoints.get_or_create(key, backend.health_check.is_some());
     let consecutive = backend.outliers.and_then(|policy| policy.consecutive);
     endpoint.alarm_at(consecutive.map(NonZeroU32::get));
     endpoint

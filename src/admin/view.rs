@@ -1,17 +1,22 @@
 //! The shapes of the admin API. Core types are not shown as they are, so that they can change
 //! without breaking anybody.
 
+mod discovery;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::{Backend, Endpoint, Impediment};
 use crate::config::{ConfigFile, Problem, Problems};
 use crate::control::{Status, Watching};
 use crate::explain::Question;
 use crate::routing::BASELINE;
 use crate::snapshot::{Route, Snapshot};
+
+use discovery::{Discovered, EndpointsFileView, NameView, OriginView};
 
 /// `GET /api/v1/config`: the configuration in force.
 #[derive(Debug, Serialize)]
@@ -105,6 +110,12 @@ pub struct BackendView {
     in_flight: usize,
     queued: usize,
     endpoints: Vec<EndpointView>,
+    /// The names that stand for some of them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    names: Vec<NameView>,
+    /// The file that names some of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    endpoints_file: Option<EndpointsFileView>,
 }
 
 /// One endpoint.
@@ -115,6 +126,8 @@ pub struct EndpointView {
     in_flight: usize,
     /// Why it gets no requests: `unchecked`, `unhealthy`, `ejected`; none means that it gets them.
     impediments: Vec<&'static str>,
+    #[serde(flatten)]
+    origin: Option<OriginView>,
 }
 
 /// The reply to a reload.
@@ -281,19 +294,23 @@ impl RouteView {
 }
 
 /// `GET /api/v1/backends`.
-pub fn backends(snapshot: &Snapshot) -> Vec<BackendView> {
-    let endpoint = |endpoint: &std::sync::Arc<crate::backend::Endpoint>| EndpointView {
-        address: endpoint.address.to_string(),
-        in_flight: endpoint.in_flight(),
-        impediments: endpoint
-            .impediments()
-            .map(crate::backend::Impediment::as_str)
-            .collect(),
-    };
+pub fn backends(snapshot: &Snapshot, status: &Status) -> Vec<BackendView> {
     snapshot
         .backends
         .iter()
-        .map(|backend| BackendView {
+        .map(|backend| BackendView::new(backend, Discovered::new(status, &backend.name)))
+        .collect()
+}
+
+impl BackendView {
+    fn new(backend: &Backend, discovered: Discovered) -> Self {
+        let endpoint = |endpoint: &std::sync::Arc<Endpoint>| EndpointView {
+            address: endpoint.address.to_string(),
+            in_flight: endpoint.in_flight(),
+            impediments: endpoint.impediments().map(Impediment::as_str).collect(),
+            origin: discovered.origins.get(&endpoint.address).cloned(),
+        };
+        Self {
             name: backend.name.to_string(),
             version: backend.version.to_string(),
             disabled: backend.disabled,
@@ -301,8 +318,10 @@ pub fn backends(snapshot: &Snapshot) -> Vec<BackendView> {
             in_flight: backend.gate.inside(),
             queued: backend.gate.waiting(),
             endpoints: backend.endpoints.iter().map(endpoint).collect(),
-        })
-        .collect()
+            names: discovered.names,
+            endpoints_file: discovered.file,
+        }
+    }
 }
 
 // === impl Failure ===

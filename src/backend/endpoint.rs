@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use rustls::pki_types::ServerName;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -29,6 +30,8 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// The same as text.
     pub authority: Box<str>,
+    /// The name that its certificate must be for, where it follows from what it is named by.
+    pub certified: Option<ServerName<'static>>,
     in_flight: AtomicUsize,
     /// That of its backend.
     gate: Arc<Gate>,
@@ -74,10 +77,22 @@ pub struct Lease {
 /// next.
 #[derive(Debug, Default)]
 pub struct Endpoints {
-    known: HashMap<(Arc<str>, SocketAddr), Arc<Endpoint>>,
+    known: HashMap<EndpointKey, Arc<Endpoint>>,
     gates: HashMap<Arc<str>, Arc<Gate>>,
     created: u64,
     alarm: Arc<Notify>,
+}
+
+/// What an endpoint is known by. With another name on its certificate, connections that stand say
+/// nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct EndpointKey {
+    /// Its backend.
+    pub backend: Arc<str>,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// The name that its certificate must be for, where it follows from what it is named by.
+    pub certified: Option<ServerName<'static>>,
 }
 
 // === impl Endpoint ===
@@ -249,39 +264,33 @@ impl Drop for Lease {
 // === impl Endpoints ===
 
 impl Endpoints {
-    /// The endpoint of `backend` at `address`, the living one where there is one. A new one of a
-    /// backend that `has_checks` has to pass one first.
-    pub fn get_or_create(
-        &mut self,
-        backend: &Arc<str>,
-        address: SocketAddr,
-        has_checks: bool,
-    ) -> Arc<Endpoint> {
-        let gate = self.gate(backend);
+    /// The endpoint with this key, the living one where there is one. A new one of a backend that
+    /// `has_checks` has to pass one first.
+    pub fn get_or_create(&mut self, key: EndpointKey, has_checks: bool) -> Arc<Endpoint> {
+        let gate = self.gate(&key.backend);
         let (created, alarm) = (&mut self.created, &self.alarm);
-        let endpoint = self
-            .known
-            .entry((Arc::clone(backend), address))
-            .or_insert_with(|| {
-                *created += 1;
-                let impediments = if has_checks {
-                    Impediment::Unchecked as u8
-                } else {
-                    0
-                };
-                Arc::new(Endpoint {
-                    id: EndpointId(*created),
-                    address,
-                    authority: address.to_string().into(),
-                    in_flight: AtomicUsize::new(0),
-                    gate,
-                    impediments: AtomicU8::new(impediments),
-                    readmitted: AtomicU64::new(0),
-                    born: Instant::now(),
-                    tally: Tally::default(),
-                    alarm: Arc::clone(alarm),
-                })
-            });
+        let (address, certified) = (key.address, key.certified.clone());
+        let endpoint = self.known.entry(key).or_insert_with(|| {
+            *created += 1;
+            let impediments = if has_checks {
+                Impediment::Unchecked as u8
+            } else {
+                0
+            };
+            Arc::new(Endpoint {
+                id: EndpointId(*created),
+                address,
+                authority: address.to_string().into(),
+                certified,
+                in_flight: AtomicUsize::new(0),
+                gate,
+                impediments: AtomicU8::new(impediments),
+                readmitted: AtomicU64::new(0),
+                born: Instant::now(),
+                tally: Tally::default(),
+                alarm: Arc::clone(alarm),
+            })
+        });
         Arc::clone(endpoint)
     }
 
@@ -309,8 +318,12 @@ mod tests {
     use super::*;
 
     fn endpoint(has_checks: bool) -> Arc<Endpoint> {
-        let address = ([127, 0, 0, 1], 1).into();
-        Endpoints::default().get_or_create(&"shop".into(), address, has_checks)
+        let key = EndpointKey {
+            backend: "shop".into(),
+            address: ([127, 0, 0, 1], 1).into(),
+            certified: None,
+        };
+        Endpoints::default().get_or_create(key, has_checks)
     }
 
     fn lease(endpoint: &Arc<Endpoint>) -> Lease {

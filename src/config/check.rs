@@ -4,6 +4,7 @@
 //! Pure: files that the configuration names (keys) are read through a function that is handed in.
 
 mod backend;
+mod discovery;
 mod filters;
 mod gray;
 mod listener;
@@ -13,7 +14,7 @@ mod transport;
 mod user_list;
 
 use std::collections::HashMap;
-use std::path::Path as FilePath;
+use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,6 +51,8 @@ pub(super) struct Checked {
     pub(super) config: Option<Config>,
     /// The user lists that are sound, with their places in the file, whatever is wrong elsewhere.
     pub(super) user_lists: Vec<(Path, UserList)>,
+    /// The files of endpoints, with their places in the file.
+    pub(super) endpoints_files: Vec<(Path, PathBuf)>,
     /// Every problem, those found before among them.
     pub(super) problems: Vec<Problem>,
 }
@@ -66,6 +69,7 @@ pub(super) fn check(
         around,
         problems: found,
         user_lists: Vec::new(),
+        endpoints_files: Vec::new(),
     };
     let config = checker.config(file);
     let sound = !checker
@@ -75,6 +79,7 @@ pub(super) fn check(
     Checked {
         config: config.filter(|_| sound),
         user_lists: checker.user_lists,
+        endpoints_files: checker.endpoints_files,
         problems: checker.problems,
     }
 }
@@ -86,6 +91,7 @@ struct Checker<'c> {
     around: &'c Surroundings<'c>,
     problems: Vec<Problem>,
     user_lists: Vec<(Path, UserList)>,
+    endpoints_files: Vec<(Path, PathBuf)>,
 }
 
 /// The names that may be referred to, with their positions.
@@ -126,6 +132,7 @@ impl Checker<'_> {
         );
         let duration_buckets = self.buckets(file.telemetry.duration_buckets.as_deref(), &root);
         let access_log = self.access_log(file.access_log.as_ref(), &root.key("accessLog"));
+        let dns = self.dns(&file.dns, &root.key("dns"));
 
         let mut backend_names = self.names(
             "backend",
@@ -185,6 +192,7 @@ impl Checker<'_> {
             shutdown_timeout: shutdown_timeout?,
             duration_buckets: duration_buckets?,
             access_log: access_log?,
+            dns: dns?,
             backends: backends?,
             user_lists: user_lists?,
             routes: routes?,

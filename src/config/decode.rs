@@ -226,8 +226,9 @@ impl Mistake {
             .iter()
             .any(|start| found.starts_with(start));
         let number = found.split('`').nth(1).unwrap_or_default();
-        let is_duration =
-            self.is_under("timeout") || self.is_under("timeouts") || self.is_under("idleTimeout");
+        let is_duration = ["timeout", "timeouts", "idleTimeout", "minTtl", "maxTtl"]
+            .iter()
+            .any(|key| self.is_under(key));
         let hint = match (expected, quoted) {
             ("a string", None) if is_duration && found.starts_with("integer") => {
                 format!(
@@ -285,7 +286,7 @@ fn one_of(known: &[String]) -> Option<String> {
     (!known.is_empty()).then(|| format!("known here: {}", known.join(", ")))
 }
 
-fn path_of(path: &serde_path_to_error::Path) -> Path {
+pub(super) fn path_of(path: &serde_path_to_error::Path) -> Path {
     use serde_path_to_error::Segment;
     path.iter()
         .fold(Path::default(), |path, segment| match segment {

@@ -6,6 +6,7 @@
 //! them. Words are those of the Gateway API where it has one.
 
 mod backend;
+mod dns;
 mod filter;
 mod gray;
 mod listener;
@@ -19,6 +20,7 @@ pub use backend::{
     Backend, BackendHttp2, BackendProtocol, BackendTimeouts, BackendTls, HeaderEdits, Pool,
     ProxyProtocolVersion,
 };
+pub use dns::Dns;
 pub use filter::{
     Cors, Filter, FilterType, HeaderModifier, NamedValue, PathModifier, PathModifierType,
     RequestRedirect, Scheme, UrlRewrite,
@@ -65,6 +67,9 @@ pub struct ConfigFile {
     /// A line for each request (default: none is written).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub access_log: Option<AccessLog>,
+    /// How names of endpoints are resolved.
+    #[serde(default)]
+    pub dns: Dns,
     /// One entry per version of a service: its upstream pool.
     #[serde(default)]
     pub backends: Vec<Backend>,

@@ -17,6 +17,9 @@ use crate::tls;
 use super::check::{Checked, Surroundings, check};
 use super::decode::decode;
 use super::document::{Node, Path, Span};
+use super::endpoints_file::{
+    EndpointsFiles, LoadedEndpoints, load_endpoints, load_endpoints_files,
+};
 use super::problem::{Problem, Problems};
 use super::{Config, ConfigFile, ListSource, UserList as UserListConfig};
 
@@ -38,12 +41,26 @@ pub struct Loaded {
     pub hash: u64,
     /// Its user lists.
     pub lists: Lists,
-    /// The files that were read for it but lists, each with its state before it was read.
+    /// Its files of endpoints.
+    pub endpoints_files: EndpointsFiles,
+    /// The files that were read for it but those, each with its state before it was read.
     pub files: Vec<(PathBuf, Option<Stamp>)>,
 }
 
 /// How the lists of a configuration are come by: [`load_list`], or somebody who knows better.
 pub type ReadList<'r> = &'r mut dyn FnMut(&ListSource) -> Result<LoadedList, ListFailure>;
+
+/// How files of endpoints are come by: [`load_endpoints`], or somebody who knows better.
+pub type ReadEndpoints<'r> = &'r mut dyn FnMut(&FilePath) -> Result<LoadedEndpoints, ListFailure>;
+
+/// How what a configuration names and is followed on its own is come by.
+#[allow(missing_debug_implementations, reason = "it holds functions alone")]
+pub struct Readers<'r> {
+    /// User lists.
+    pub list: ReadList<'r>,
+    /// Files of endpoints.
+    pub endpoints: ReadEndpoints<'r>,
+}
 
 /// User lists by where they come from.
 pub type Lists = HashMap<ListSource, LoadedList>;
@@ -61,7 +78,8 @@ pub struct LoadedList {
     pub loaded_at: SystemTime,
 }
 
-/// Why a user list is not there; the reasons complete "user list `NAME` ...".
+/// Why a user list, or a file of endpoints, is not there; the reasons complete "user list `NAME` ..."
+/// and "its file of endpoints ...".
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListFailure {
     /// The file cannot be read now; trying again may help.
@@ -88,11 +106,27 @@ pub struct Stamp {
 ///
 /// Every problem there is, warnings among them, when one of them is an error.
 pub fn load(path: &FilePath, read_list: ReadList<'_>) -> Result<Loaded, Problems> {
+    let endpoints = &mut load_endpoints;
+    load_with(
+        path,
+        &mut Readers {
+            list: read_list,
+            endpoints,
+        },
+    )
+}
+
+/// As [`load`], by somebody who knows better how to come by files of endpoints as well.
+///
+/// # Errors
+///
+/// As [`load`].
+pub fn load_with(path: &FilePath, readers: &mut Readers<'_>) -> Result<Loaded, Problems> {
     let directory = generation_directory(path);
-    let loaded = load_generation(&directory, path, read_list);
+    let loaded = load_generation(&directory, path, readers);
     if loaded.is_err() && generation_directory(path) != directory {
         // The volume was swapped meanwhile, and what was read may have been half gone.
-        return load_generation(&generation_directory(path), path, read_list);
+        return load_generation(&generation_directory(path), path, readers);
     }
     loaded
 }
@@ -100,7 +134,7 @@ pub fn load(path: &FilePath, read_list: ReadList<'_>) -> Result<Loaded, Problems
 fn load_generation(
     directory: &FilePath,
     path: &FilePath,
-    read_list: ReadList<'_>,
+    readers: &mut Readers<'_>,
 ) -> Result<Loaded, Problems> {
     // In a Kubernetes volume the file is read from the same generation as what it names.
     let in_generation = path
@@ -111,7 +145,7 @@ fn load_generation(
         .map_err(|error| Problems::whole_file(path, format!("the file {}", cannot_read(&error))))?;
     let text = String::from_utf8(text)
         .map_err(|_| Problems::whole_file(path, "the file is not UTF-8 text"))?;
-    let mut loaded = load_in(directory, path, &text, read_list)?;
+    let mut loaded = load_in(directory, path, &text, readers)?;
     loaded.files.push((path.to_owned(), Some(state)));
     Ok(loaded)
 }
@@ -123,14 +157,19 @@ fn load_generation(
 ///
 /// As [`load`].
 pub fn load_text(path: &FilePath, text: &str, read_list: ReadList<'_>) -> Result<Loaded, Problems> {
-    load_in(&generation_directory(path), path, text, read_list)
+    let endpoints = &mut load_endpoints;
+    let readers = &mut Readers {
+        list: read_list,
+        endpoints,
+    };
+    load_in(&generation_directory(path), path, text, readers)
 }
 
 fn load_in(
     directory: &FilePath,
     path: &FilePath,
     text: &str,
-    read_list: ReadList<'_>,
+    readers: &mut Readers<'_>,
 ) -> Result<Loaded, Problems> {
     let mut document = Node::parse(text)
         .map_err(|error| Problems::new(path, text, vec![syntax_problem(text, &error)]))?;
@@ -162,9 +201,12 @@ fn load_in(
     let Checked {
         config,
         user_lists,
+        endpoints_files,
         mut problems,
     } = check(&file, &document, &around, problems);
-    let lists = load_lists(&user_lists, read_list, &document, &mut problems);
+    let lists = load_lists(&user_lists, readers.list, &document, &mut problems);
+    let read = &mut *readers.endpoints;
+    let endpoints_files = load_endpoints_files(&endpoints_files, read, &document, &mut problems);
     let warnings = Problems::new(path, text, problems);
     match config {
         Some(config) if warnings.errors() == 0 => Ok(Loaded {
@@ -174,6 +216,7 @@ fn load_in(
             hash: xxh3_64(text.as_bytes()),
             warnings,
             lists,
+            endpoints_files,
             files: files.into_inner(),
         }),
         _ => Err(warnings),
@@ -298,7 +341,7 @@ fn load_lists(
 }
 
 /// Reads a regular file of at most `largest` bytes that nobody changes meanwhile.
-fn read_settled(path: &FilePath, largest: u64) -> io::Result<(Vec<u8>, Stamp)> {
+pub(super) fn read_settled(path: &FilePath, largest: u64) -> io::Result<(Vec<u8>, Stamp)> {
     // Asked before opening, since opening a pipe waits for somebody to write.
     if !fs::metadata(path)?.is_file() {
         return Err(io::Error::other("it is not a regular file"));
@@ -322,7 +365,7 @@ fn read_settled(path: &FilePath, largest: u64) -> io::Result<(Vec<u8>, Stamp)> {
     Ok((content, stamp))
 }
 
-fn syntax_problem(text: &str, error: &serde_saphyr::Error) -> Problem {
+pub(super) fn syntax_problem(text: &str, error: &serde_saphyr::Error) -> Problem {
     let mut span = Span::start();
     if let Some(location) = error.location() {
         span = Span::from(&location);

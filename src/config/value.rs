@@ -8,6 +8,7 @@ use http::header::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 use regex::Regex;
 
+use crate::discovery::locator::dialable;
 use crate::routing::matcher::{PathMatcher, ValueMatcher};
 use crate::routing::path::{Unfit, canonical};
 use crate::routing::table::Hostname;
@@ -76,19 +77,13 @@ pub fn socket_address(text: &str) -> Result<SocketAddr, String> {
         .map_err(|_| "is not an `IP:port` such as `127.0.0.1:8080` or `[::1]:8080`".to_owned())
 }
 
-/// Parses the address of an endpoint: an `IP:port` that can be dialled.
+/// Parses the address of a server: an `IP:port` that can be dialled.
 ///
 /// # Errors
 ///
 /// Anything else, port 0 among it.
-pub fn endpoint(text: &str) -> Result<SocketAddr, String> {
-    match socket_address(text)? {
-        address if address.port() == 0 => Err("has port 0, which cannot be dialled".to_owned()),
-        address if address.ip().is_unspecified() => {
-            Err("is the unspecified address, which cannot be dialled".to_owned())
-        }
-        address => Ok(address),
-    }
+pub fn server(text: &str) -> Result<SocketAddr, String> {
+    dialable(socket_address(text)?)
 }
 
 /// Parses a CIDR or a single address.

@@ -7,6 +7,9 @@
 //! editor's rename and the `..data` swap of a Kubernetes volume replace the file that a watch would
 //! sit on.
 //!
+//! A configuration, or a file of endpoints, that names a host anew waits until that is resolved or
+//! cannot be in time: else requests would find no endpoint meanwhile.
+//!
 //! A file is read when it rests: its state is the same at two looks, and nobody is known to have it
 //! open for writing. What is torn or empty means "not yet".
 //!
@@ -14,6 +17,7 @@
 //! must not hold up probes, scrapes or the end of the process.
 
 mod directories;
+mod endpoints;
 mod lists;
 
 use std::collections::{HashMap, HashSet};
@@ -26,12 +30,17 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, info, warn};
 
 use crate::control::Change;
+use crate::control::endpoints::{names_in, names_of};
+use crate::discovery::resolver::resolve_all;
+use crate::discovery::{DnsName, Locator, Names, Settings};
 use crate::snapshot::Revision;
 
 use super::Problems;
-use super::load::{Loaded, Stamp, load, stamp};
+use super::endpoints_file::LoadedEndpoints;
+use super::load::{Loaded, Readers, Stamp, load_with, stamp};
 
 use directories::{Watches, directories_of, is_mounted_by_itself};
+use endpoints::{FollowedEndpoints, Reread};
 use lists::{ListFiles, Urgency};
 
 /// How often files are looked at without any event.
@@ -58,6 +67,13 @@ pub struct Reloader {
     /// The configuration file and the keys it names.
     files: HashMap<PathBuf, Followed>,
     lists: ListFiles,
+    endpoints: FollowedEndpoints,
+    /// How names of endpoints are resolved.
+    dns: Settings,
+    /// Those that the configuration in force names.
+    in_config: HashSet<DnsName>,
+    /// Those, and what files of endpoints name: they are resolved and followed.
+    names: HashSet<DnsName>,
     standing: Standing,
     watches: Watches,
     /// Some file has changed and does not rest yet: look again soon.
@@ -132,6 +148,10 @@ impl Reloader {
             hash: loaded.hash,
             files: files_of(loaded),
             lists: ListFiles::new(&loaded.lists),
+            endpoints: FollowedEndpoints::new(&loaded.endpoints_files),
+            dns: loaded.config.dns.clone(),
+            in_config: names_in(&loaded.config),
+            names: names_of(loaded),
             standing: Standing::InForce,
             watches: Watches::new(),
             restless: false,
@@ -189,6 +209,7 @@ impl Reloader {
                 }
                 _ = poll.tick() => {
                     self.lists.retry_unreadable();
+                    self.endpoints.retry_unreadable();
                     self.look(Retry::Refused).await;
                 }
             }
@@ -214,6 +235,31 @@ impl Reloader {
             self.reload(Cause::Noticed).await;
         }
         self.restless |= self.lists.look(&self.watches);
+        let (read, restless) = self.endpoints.look(&self.watches);
+        self.restless |= restless;
+        if read.is_empty() {
+            return;
+        }
+        for read in read {
+            self.move_endpoints(read).await;
+        }
+        // A name that is gone from all files is new when it comes again.
+        let in_files = self.endpoints.names();
+        self.names = self.in_config.union(&in_files).cloned().collect();
+    }
+
+    /// Hands a file of endpoints that was read again to control.
+    async fn move_endpoints(&mut self, (path, loaded): Reread) {
+        let locators = loaded.iter().flat_map(LoadedEndpoints::locators);
+        let named: HashSet<DnsName> = locators.filter_map(Locator::name).cloned().collect();
+        let names = resolve_all(&self.dns, named.difference(&self.names).cloned()).await;
+        self.names.extend(named);
+        self.send(Some(Change::EndpointsFile {
+            path,
+            loaded,
+            names,
+        }))
+        .await;
     }
 
     /// Reads everything again, and hands it to control.
@@ -226,8 +272,13 @@ impl Reloader {
             Cause::Asked(_) => Urgency::Now,
         };
         let mut lists = self.lists.reading(&self.watches, urgency);
-        let loaded = load(&self.path, &mut |source| lists.read(source));
-        let unsettled = lists.unsettled();
+        let mut endpoints = self.endpoints.reading(&self.watches, urgency);
+        let mut readers = Readers {
+            list: &mut |source| lists.read(source),
+            endpoints: &mut |path| endpoints.read(path),
+        };
+        let loaded = load_with(&self.path, &mut readers);
+        let unsettled = lists.unsettled() + endpoints.unsettled();
         match (&loaded, &cause) {
             (Ok(loaded), Cause::Noticed)
                 if self.standing == Standing::InForce && self.says_the_same(loaded) =>
@@ -238,9 +289,7 @@ impl Reloader {
             // Nothing else is wrong with it.
             (Err(problems), Cause::Noticed) if unsettled > 0 && problems.errors() == unsettled => {
                 if self.standing != Standing::Awaiting {
-                    info!(
-                        "the configuration waits for user lists that are being written: {problems}"
-                    );
+                    info!("the configuration waits for files that are being written: {problems}");
                 }
                 self.standing = Standing::Awaiting;
                 self.restless = true;
@@ -256,9 +305,18 @@ impl Reloader {
     async fn apply(&mut self, loaded: Result<Loaded, Problems>, cause: Cause) {
         let (sender, outcome) = oneshot::channel();
         let followed = loaded.as_ref().ok().cloned();
+        let names = match &loaded {
+            Ok(loaded) => {
+                let named = names_of(loaded);
+                let new = named.difference(&self.names).cloned();
+                resolve_all(&loaded.config.dns, new).await
+            }
+            Err(_) => Names::new(),
+        };
         let refused_before = matches!(self.standing, Standing::Refused(_));
         self.send(Some(Change::Config {
             loaded: loaded.map(Box::new),
+            names,
             is_retry: refused_before && matches!(cause, Cause::Noticed),
             reply: Some(sender),
         }))
@@ -283,7 +341,10 @@ impl Reloader {
         let same_keys = loaded.files.iter().all(|(path, state)| {
             *path == self.path || self.files.get(path).is_some_and(|file| file.read == *state)
         });
-        loaded.hash == self.hash && same_keys && self.lists.are_of(&loaded.lists)
+        loaded.hash == self.hash
+            && same_keys
+            && self.lists.are_of(&loaded.lists)
+            && self.endpoints.are_of(&loaded.endpoints_files)
     }
 
     fn remember(&mut self, files: HashMap<PathBuf, Followed>, loaded: &Loaded) {
@@ -291,6 +352,10 @@ impl Reloader {
         self.standing = Standing::InForce;
         self.files = files;
         self.lists.follow(&loaded.lists);
+        self.endpoints.follow(&loaded.endpoints_files);
+        self.dns = loaded.config.dns.clone();
+        self.in_config = names_in(&loaded.config);
+        self.names = names_of(loaded);
     }
 
     async fn send(&self, change: Option<Change>) {
@@ -302,6 +367,7 @@ impl Reloader {
 
     fn directories(&self) -> HashSet<PathBuf> {
         let paths = self.files.keys().chain(self.lists.paths());
+        let paths = paths.chain(self.endpoints.paths());
         paths.flat_map(|path| directories_of(path)).collect()
     }
 

@@ -273,6 +273,25 @@ const DEFINITIONS: &[Definition] = &[
         "When a certificate expires.",
     ),
     counter(
+        "serin_dns_resolutions_total",
+        "Attempts to resolve a name of endpoints, by what they brought.",
+    ),
+    gauge(
+        "serin_dns_last_success_timestamp_seconds",
+        Some(Unit::Seconds),
+        "When the name of a backend was resolved for which that is longest ago; 0 for never.",
+    ),
+    gauge(
+        "serin_endpoints_file_last_load_successful",
+        None,
+        "1 when the file of endpoints was last read whole, 0 when it was refused.",
+    ),
+    gauge(
+        "serin_endpoints_file_last_load_success_timestamp_seconds",
+        Some(Unit::Seconds),
+        "When the file of endpoints in force was read.",
+    ),
+    counter(
         "serin_access_log_dropped_total",
         "Lines of the access log that could not be written.",
     ),

@@ -18,7 +18,7 @@ pub struct ClientTls {
     config: Arc<ClientConfig>,
     /// For HTTP/1.1 alone, where nothing else will do.
     http1: Arc<ClientConfig>,
-    /// The name that the certificate must be for; without one, the endpoint's address.
+    /// The name that all certificates must be for.
     name: Option<ServerName<'static>>,
 }
 
@@ -84,10 +84,21 @@ impl ClientTls {
         }
     }
 
-    /// The name that the certificate of the endpoint at this address must be for.
-    pub fn name(&self, address: IpAddr) -> ServerName<'static> {
-        self.name
-            .clone()
+    /// The name that the certificate of an endpoint must be for, whatever it is named by; `None`
+    /// leaves that to the endpoint.
+    pub fn common_name(&self) -> Option<&ServerName<'static>> {
+        self.name.as_ref()
+    }
+
+    /// The name that the certificate of the endpoint at this address must be for, which is named by
+    /// `certified`, if by anything else.
+    pub fn name(
+        &self,
+        address: IpAddr,
+        certified: Option<&ServerName<'static>>,
+    ) -> ServerName<'static> {
+        let name = self.name.as_ref().or(certified);
+        name.cloned()
             .unwrap_or_else(|| ServerName::IpAddress(address.to_canonical().into()))
     }
 }

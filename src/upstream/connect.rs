@@ -115,8 +115,9 @@ async fn dial(to: &To<'_>) -> io::Result<(Stream, bool)> {
 
 async fn dial_tls(stream: TcpStream, tls: &ClientTls, to: &To<'_>) -> io::Result<(Stream, bool)> {
     let config = tls.config(to.needs_http1());
+    let name = tls.name(to.endpoint.address.ip(), to.endpoint.certified.as_ref());
     let stream = TlsConnector::from(Arc::clone(config))
-        .connect(tls.name(to.endpoint.address.ip()), stream)
+        .connect(name, stream)
         .await?;
     let speaks_http2 = stream.get_ref().1.alpn_protocol() == Some(ALPN_HTTP2);
     if to.backend.transport.protocol == UpstreamProtocol::Http2 && !speaks_http2 {

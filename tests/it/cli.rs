@@ -19,7 +19,7 @@ fn serin(arguments: &[&str]) -> Command {
     command
 }
 
-fn output(arguments: &[&str]) -> (Option<i32>, String, String) {
+pub(crate) fn output(arguments: &[&str]) -> (Option<i32>, String, String) {
     let Output {
         status,
         stdout,
@@ -58,6 +58,12 @@ impl Running {
         });
         let seen = Vec::new();
         Self { child, log, seen }
+    }
+
+    /// How many lines that nobody has waited for hold `text`.
+    pub(crate) fn others(&self, text: &str) -> usize {
+        let others = self.seen.iter();
+        others.filter(|line| line.contains(text)).count()
     }
 
     /// Reads the log until a line holds `text`, and takes that line out.
@@ -201,7 +207,7 @@ fn a_config_that_cannot_be_used_ends_the_start_with_every_problem() {
     let (code, _, err) = output(&["run", "--config", bad.to_str().unwrap()]);
     assert_eq!(code, Some(1));
     assert!(
-        err.contains("`nowhere` is not an `IP:port`") && err.contains("unknown backend `b`"),
+        err.contains("`nowhere` is not an endpoint") && err.contains("unknown backend `b`"),
         "{err}"
     );
 }

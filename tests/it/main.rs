@@ -10,6 +10,7 @@ mod access_log;
 mod admin;
 mod balance;
 mod cli;
+mod discovery;
 mod errors;
 mod filters;
 mod forwarding;

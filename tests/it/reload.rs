@@ -16,7 +16,7 @@ use crate::support::{Client, Proxy, Upstream, eventually, get, shop, single, wit
 mod lists;
 
 /// Clients that send requests without a pause until they are told to stop.
-struct Load {
+pub(crate) struct Load {
     stop: Arc<AtomicBool>,
     served: Arc<AtomicUsize>,
     clients: Vec<JoinHandle<()>>,
@@ -25,7 +25,7 @@ struct Load {
 impl Load {
     /// Starts `count` clients; each request must be answered with 200, and with the path's own
     /// body.
-    fn start(proxy: &Proxy, count: usize) -> Self {
+    pub(crate) fn start(proxy: &Proxy, count: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let served = Arc::new(AtomicUsize::new(0));
         let address = proxy.address();
@@ -70,7 +70,7 @@ impl Load {
     }
 
     /// Waits until some more requests have been served, so that something happened in between.
-    async fn some_more(&self) {
+    pub(crate) async fn some_more(&self) {
         let before = self.served.load(Ordering::Relaxed);
         eventually("the load goes on", || {
             self.served.load(Ordering::Relaxed) > before + 20
@@ -79,7 +79,7 @@ impl Load {
     }
 
     /// Stops; a client whose request failed has panicked, and so does this.
-    async fn finish(self) -> usize {
+    pub(crate) async fn finish(self) -> usize {
         self.stop.store(true, Ordering::Relaxed);
         for client in self.clients {
             client.await.unwrap();
@@ -98,7 +98,7 @@ async fn pair() -> (Upstream, Upstream) {
 }
 
 /// Replaces a file as most editors do: a new one beside it, renamed over it.
-fn rename_over(path: &Path, content: &str) {
+pub(crate) fn rename_over(path: &Path, content: &str) {
     let beside = path.with_extension("new");
     fs::write(&beside, content).unwrap();
     fs::rename(&beside, path).unwrap();
@@ -160,10 +160,10 @@ async fn fifty_reloads_under_load_fail_no_request() {
 
 /// A directory as Kubernetes mounts a ConfigMap: the files are links into `..data`, which is a link
 /// to a generation.
-struct Volume(PathBuf);
+pub(crate) struct Volume(pub(crate) PathBuf);
 
 impl Volume {
-    fn publish(&self, generation: u32, files: &[(&str, &str)]) {
+    pub(crate) fn publish(&self, generation: u32, files: &[(&str, &str)]) {
         let directory = self.0.join(format!("..gen_{generation}"));
         fs::create_dir(&directory).unwrap();
         for (name, content) in files {

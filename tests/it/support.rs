@@ -1,6 +1,7 @@
 //! What the tests share: a proxy in this process, upstreams, clients, and waiting for facts.
 
 pub(crate) mod client;
+pub(crate) mod dns;
 pub(crate) mod frames;
 pub(crate) mod grpc;
 pub(crate) mod tls;

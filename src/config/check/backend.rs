@@ -1,4 +1,4 @@
-//! Checks backends: endpoints, header edits, connection settings.
+//! Checks backends: header edits, connection settings.
 
 use std::time::Duration;
 
@@ -30,20 +30,8 @@ impl Checker<'_> {
                 None,
             );
         }
-        let endpoints = self.each(
-            &backend.endpoints,
-            &at.key("endpoints"),
-            |checker, text, at| checker.parse(text, at, value::endpoint),
-        );
-        for (position, endpoint) in backend.endpoints.iter().enumerate() {
-            if backend.endpoints[..position].contains(endpoint) {
-                self.error(
-                    &at.key("endpoints").index(position),
-                    format!("endpoint `{endpoint}` is listed twice"),
-                    None,
-                );
-            }
-        }
+        let endpoints = self.endpoints(backend, at);
+        let endpoints_file = self.endpoints_file(backend, at);
         let request_headers =
             self.header_edits(&backend.request_headers, &at.key("requestHeaders"));
         let response_headers =
@@ -63,6 +51,7 @@ impl Checker<'_> {
             name: name?,
             version: backend.version.as_str().into(),
             endpoints: endpoints?,
+            endpoints_file,
             disabled: backend.disabled,
             request_headers: request_headers?,
             response_headers: response_headers?,

@@ -257,7 +257,9 @@ impl Checker<'_> {
             .index(index)
             .key("endpoints");
         let known = !self.document.is_unknown(&endpoints) && !self.document.is_maimed(&endpoints);
-        if baseline.endpoints.is_empty() && known {
+        let none_listed = baseline.endpoints.as_ref().is_some_and(Vec::is_empty);
+        let has_none = none_listed && baseline.endpoints_file.is_none();
+        if has_none && known {
             let message = format!(
                 "backend `{}` has no endpoints, but it is the baseline of this route",
                 baseline.name

@@ -16,8 +16,14 @@ pub struct Backend {
     /// The version it runs, shown in metrics and on the response where a route says so.
     #[serde(default)]
     pub version: String,
-    /// `IP:port` of each server. May be empty: its users then get the baseline.
-    pub endpoints: Vec<String>,
+    /// Its servers: `IP:port`, `host:port` (every address of the host), or `srv:` and the name of a
+    /// service. May be empty: its users then get the baseline. Required without `endpointsFile`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoints: Option<Vec<String>>,
+    /// A file with a list of more of them, in YAML or JSON, relative to the configuration file. It
+    /// is followed on its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoints_file: Option<String>,
     /// The kill switch: never chosen; its users get the baseline.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub disabled: bool,
@@ -96,8 +102,8 @@ pub enum ProxyProtocolVersion {
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct BackendTls {
-    /// The name that is asked for and that the certificate must be for (default: the endpoint's
-    /// address).
+    /// The name that is asked for and that the certificate must be for (default: the host that the
+    /// endpoint is named by, or its address).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
     /// The certificates in PEM of the authorities that may have signed it, relative to the

@@ -60,6 +60,12 @@ impl Upstream {
         Self::speaking(name, Speaks::Http1).await
     }
 
+    /// Speaks HTTP/1.1 at this address, if it is free.
+    pub(crate) async fn start_at(name: &str, address: SocketAddr) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(address).await?;
+        Ok(Self::listening(name, Speaks::Http1, listener))
+    }
+
     /// Speaks HTTP/2 by prior knowledge.
     pub(crate) async fn h2c(name: &str) -> Self {
         Self::h2c_with(name, 1000).await
@@ -77,6 +83,10 @@ impl Upstream {
 
     async fn speaking(name: &str, speaks: Speaks) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::listening(name, speaks, listener)
+    }
+
+    fn listening(name: &str, speaks: Speaks, listener: TcpListener) -> Self {
         let address = listener.local_addr().unwrap();
         let state = Arc::new(State {
             name: name.to_owned(),
