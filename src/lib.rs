@@ -26,6 +26,7 @@ pub mod control;
 pub mod demo;
 pub mod explain;
 pub mod filter;
+pub mod limit;
 pub mod proxy;
 pub mod proxy_protocol;
 pub mod routing;

@@ -5,6 +5,7 @@
 //! Each worker has a `Proxy` of its own, and all that a request reads comes from the one
 //! [`Snapshot`] that it took at its beginning.
 
+pub mod admission;
 pub mod body;
 pub mod error;
 pub mod exchange;
@@ -356,6 +357,7 @@ impl Proxy {
                 let ends = answered(&mut response, wish, &mut exchange)?;
                 let survey = Survey::of(response.headers());
                 headers::prepare_response(&mut response, survey, route, target, &verdict);
+                admission::tell(exchange.standing(), None, response.headers_mut());
                 Ok(Answer {
                     response,
                     lease,
@@ -391,6 +393,7 @@ impl Proxy {
         let host = origin::host(parts, *survey)?;
         let head = origin::head(parts, &host, origin.client);
         let (route, matched) = snapshot.find(&head).ok_or(ProxyError::NoRoute)?;
+        admission::shed(snapshot, route, exchange)?;
         if admitted.has_escaped_slash && !route.keeps_escaped_slashes {
             return Err(ProxyError::BadRequest("the path has an escaped slash").into());
         }
@@ -402,6 +405,7 @@ impl Proxy {
         headers::refuse_transfer_coding(&parts.headers, *survey, refusal)?;
         headers::refuse_ambiguous(&parts.headers, *survey, &route.guarded_headers)?;
         let decision = route.decide(&head, origin.trusted, &mut || self.roll());
+        admission::limit_rate(route, &head, &decision, exchange)?;
         exchange.decided(route, &decision);
         Ok(Decided {
             route,

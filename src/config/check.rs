@@ -6,6 +6,7 @@
 mod backend;
 mod filters;
 mod gray;
+mod limit;
 mod listener;
 mod route;
 mod transport;
@@ -19,6 +20,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use rustls::RootCertStore;
 
+use crate::limit::overload::Overload;
 use crate::telemetry::access_log;
 use crate::telemetry::metrics::DEFAULT_BUCKETS;
 
@@ -178,6 +180,9 @@ impl Checker<'_> {
             admin: admin?,
             workers: file.workers,
             shutdown_timeout: shutdown_timeout?,
+            overload: Overload {
+                in_flight: limit::in_flight(&file.overload),
+            },
             duration_buckets: duration_buckets?,
             access_log: access_log?,
             backends: backends?,

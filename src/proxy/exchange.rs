@@ -9,10 +9,11 @@ use http::{Request, Response, StatusCode, Version};
 use tokio::time::Instant;
 
 use crate::backend::Endpoint;
+use crate::limit::gcra::Standing;
 use crate::routing::Decision;
 use crate::snapshot::Route;
 use crate::telemetry::access_log::{Line, LogValue, WorkerLog};
-use crate::telemetry::metrics::{MethodLabel, Protocol, TargetMetrics, WorkerMetrics};
+use crate::telemetry::metrics::{MethodLabel, Metrics, Protocol, TargetMetrics, WorkerMetrics};
 use crate::telemetry::trace_context::TraceContext;
 
 use super::body::{self, Progress};
@@ -34,6 +35,10 @@ pub struct Exchange {
     decided: Instant,
     method: MethodLabel,
     protocol: Protocol,
+    /// How many requests there were when it came, itself among them.
+    in_flight: i64,
+    /// How its caller stands with the rate limits of its route.
+    standing: Option<Standing>,
     /// What it counts for; for none before it is decided.
     target: Option<Arc<TargetMetrics>>,
     /// What the client is sent; `None` until something is.
@@ -100,6 +105,8 @@ impl Exchange {
             decided: started,
             method: MethodLabel::from(request.method()),
             protocol: Protocol::from(request.version()),
+            in_flight: metrics.all.in_flight().rise(),
+            standing: None,
             target: None,
             status: None,
             request_body: None,
@@ -179,6 +186,26 @@ impl Exchange {
         self.decided
     }
 
+    /// How many requests there were when it came, itself among them.
+    pub fn in_flight(&self) -> i64 {
+        self.in_flight
+    }
+
+    /// The metrics that it is counted in.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics.all
+    }
+
+    /// Its caller stands so with the rate limits of its route, if it has any.
+    pub fn stands(&mut self, standing: Option<Standing>) {
+        self.standing = standing;
+    }
+
+    /// How its caller stands with the rate limits of its route.
+    pub fn standing(&self) -> Option<Standing> {
+        self.standing
+    }
+
     /// It is known who sent it.
     pub fn came_from(&mut self, origin: &Origin<'_>) {
         if let Some(entry) = &mut self.entry {
@@ -230,6 +257,8 @@ impl Exchange {
             after: self.started.elapsed(),
             bytes_in: 0,
         }));
+        // A tunnel costs memory but no work, and stands for hours.
+        self.metrics.all.in_flight().fall();
         if let Some(target) = &self.target {
             target.tunnels().rise();
         }
@@ -264,10 +293,15 @@ impl Exchange {
 
     /// The route answers it itself.
     pub fn answered_by_route(&mut self, route: &Route, status: StatusCode) {
-        route.metrics.in_flight().rise();
-        self.target = Some(Arc::clone(&route.metrics));
+        self.stays_with(route);
         self.status = Some(status);
         self.ended();
+    }
+
+    /// It counts for this route, and for none of its backends.
+    pub fn stays_with(&mut self, route: &Route) {
+        route.metrics.in_flight().rise();
+        self.target = Some(Arc::clone(&route.metrics));
         if let Some(entry) = &mut self.entry {
             entry.text("route", &route.name);
         }
@@ -356,6 +390,9 @@ impl Drop for Exchange {
         if self.has_failed || status.is_server_error() || grpc.is_some_and(grpc::Status::is_failure)
         {
             target.count_failure();
+        }
+        if self.tunnel.is_none() {
+            metrics.all.in_flight().fall();
         }
         if let Some(target) = &self.target {
             target.in_flight().fall();
