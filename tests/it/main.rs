@@ -18,6 +18,7 @@ mod grpc;
 mod headers;
 mod http2;
 mod http2_frames;
+mod limits;
 mod paths;
 mod proxy_protocol;
 mod reload;

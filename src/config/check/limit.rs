@@ -45,9 +45,13 @@ impl Checker<'_> {
             let message = "a redirect answers every request: there is nothing to limit";
             self.warn(at, message, None);
         }
+        let gray = &route.gray;
         let is_known = !self.document.is_maimed(&at.parent().key("gray"));
+        let nobody = gray.identity.is_empty()
+            && gray.without_identity != file::WithoutIdentity::Cookie
+            && is_known;
         self.each(limits, at, |checker, limit, at| {
-            if limit.by == file::RateLimitBy::User && route.gray.identity.is_empty() && is_known {
+            if limit.by == file::RateLimitBy::User && nobody {
                 let message = "a limit by user needs `gray.identity`: without it nobody is known";
                 checker.error(&at.key("by"), message, None);
             }
