@@ -121,7 +121,7 @@ impl Admin {
         match resource {
             Resource::Liveness => text(ok, "ok\n".to_owned()),
             Resource::Readiness => self.readiness(),
-            Resource::Metrics => self.exposition(),
+            Resource::Metrics => self.exposition().await,
             Resource::Config => json(ok, &view::ConfigView::new(&self.board.load())),
             Resource::ConfigStatus => json(ok, &view::StatusView::new(&self.board.load())),
             Resource::Routes => json(ok, &view::routes(&self.live.load())),
@@ -140,9 +140,16 @@ impl Admin {
         }
     }
 
-    fn exposition(&self) -> Reply {
-        let metrics = self.metrics.render() + &exposition::render(&self.live.load());
-        let mut reply = text(StatusCode::OK, metrics);
+    /// On a thread of its own: with 100,000 routes it takes seconds, and probes must not wait.
+    async fn exposition(&self) -> Reply {
+        let (metrics, live) = (Arc::clone(&self.metrics), Arc::clone(&self.live));
+        let render = move || metrics.render() + &exposition::render(&live.load());
+        let rendered = tokio::task::spawn_blocking(render).await;
+        let Ok(rendered) = rendered else {
+            let reason = "the metrics could not be written\n".to_owned();
+            return text(StatusCode::INTERNAL_SERVER_ERROR, reason);
+        };
+        let mut reply = text(StatusCode::OK, rendered);
         let format = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
         reply.headers_mut().insert(CONTENT_TYPE, format);
         reply

@@ -31,6 +31,8 @@ use crate::backend::{
 };
 use crate::discovery::{self, Locator};
 use crate::filter::Filters;
+use crate::limit::overload::{Overload, Priority};
+use crate::limit::rate;
 use crate::routing::gray::WithoutIdentity;
 use crate::routing::identity::IdentitySource;
 use crate::routing::matcher::Condition;
@@ -56,6 +58,8 @@ pub struct Config {
     pub workers: Workers,
     /// How long requests in flight may take to finish on SIGTERM.
     pub shutdown_timeout: Duration,
+    /// How many requests are served at a time.
+    pub overload: Overload,
     /// Upper bounds of the latency histograms in seconds.
     pub duration_buckets: Vec<f64>,
     /// Where a line for each request goes.
@@ -229,6 +233,10 @@ pub struct Route {
     pub transcoder: Option<Arc<Transcoder>>,
     /// The most bytes of a request body, where it says so itself.
     pub body_limit: Option<u64>,
+    /// How fast its requests may come.
+    pub rate_limits: Vec<(rate::Settings, rate::Mode)>,
+    /// How important its requests are.
+    pub priority: Priority,
     /// The limit of a whole exchange.
     pub request_timeout: Option<Duration>,
     /// The limit of waiting for the head of a response.

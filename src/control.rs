@@ -426,6 +426,7 @@ impl Control {
         );
         tokio::task::spawn_local(retire(self.live.publish(next)));
         self.living.endpoints.prune();
+        self.living.tallies.prune();
         let listeners = &loaded.config.listeners;
         let is_open = |address| listeners.iter().any(|open| open.address == address);
         self.living.tickets.retain(is_open);
@@ -677,6 +678,11 @@ fn show(metrics: &Metrics, status: &Status) {
     metrics
         .gauge("serin_config_last_reload_success_timestamp_seconds", &[])
         .set(seconds(status.taken_over_at));
+    // As in forget: without a limit no comparison with it holds.
+    let limit = status.loaded.config.overload.in_flight;
+    metrics
+        .gauge("serin_overload_limit", &[])
+        .set(limit.map_or(f64::NAN, f64::from));
     metrics.set_config_info(status.revision.0, status.loaded.hash);
     endpoints::show(metrics, status);
     for (file, not_after) in certificates(&status.loaded.config) {

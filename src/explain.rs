@@ -9,6 +9,9 @@ use http::{Method, Request, Uri};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Serialize;
 
+use crate::limit::key::Caller;
+use crate::limit::rate::RateLimit;
+use crate::proxy::admission::caller;
 use crate::proxy::error::ProxyError;
 use crate::proxy::headers::{Survey, refuse_ambiguous};
 use crate::proxy::origin::{canonical_target, head, host};
@@ -40,6 +43,9 @@ pub struct Explanation {
     pub identity: Option<ExplainedIdentity>,
     /// Who gets it, and why.
     pub decision: Option<ExplainedDecision>,
+    /// The rate limits that it has to pass before that.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rate_limits: Vec<ExplainedLimit>,
     /// Every backend of the route.
     pub backends: Vec<ExplainedBackend>,
     /// The snapshot that was asked.
@@ -71,6 +77,20 @@ pub struct ExplainedDecision {
     pub failed_over_from: Option<String>,
     /// True when another such request may get another backend.
     pub by_lot: bool,
+}
+
+/// A rate limit of the route.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExplainedLimit {
+    /// Its name.
+    pub name: String,
+    /// How fast requests may come.
+    pub quota: String,
+    /// Whom this one is counted for; `None` for nobody.
+    pub counted_for: Option<String>,
+    /// What becomes of requests beyond it.
+    pub mode: &'static str,
 }
 
 /// A backend of the route.
@@ -229,6 +249,10 @@ pub fn explain(
                 |source| route.gray.identity[source].to_string(),
             ),
         });
+    let caller = caller(route, &head, &decision);
+    let rate_limits = route.rate_limits.iter();
+    let rate_limits = rate_limits.map(|limit| ExplainedLimit::new(limit, &caller));
+    let rate_limits = rate_limits.collect();
     let target = &route.targets[decision.target];
     let decision = ExplainedDecision {
         backend: target.backend.name.to_string(),
@@ -247,6 +271,7 @@ pub fn explain(
         backends: explain_backends(route, user),
         identity,
         decision: Some(decision),
+        rate_limits,
         revision,
     }
 }
@@ -266,6 +291,7 @@ impl Explanation {
             redirected: None,
             identity: None,
             decision: None,
+            rate_limits: Vec::new(),
             backends: Vec::new(),
             revision,
         }
@@ -320,6 +346,9 @@ impl fmt::Display for Explanation {
                 shown(&decision.version)
             )?;
         }
+        for limit in &self.rate_limits {
+            writeln!(f, "rate limit {}", limit.words())?;
+        }
         writeln!(f)?;
         for (position, backend) in self.backends.iter().enumerate() {
             writeln!(f, "{}", backend.words(position == BASELINE))?;
@@ -349,6 +378,27 @@ impl ExplainedDecision {
             format!("{why} (this time)")
         } else {
             why
+        }
+    }
+}
+
+impl ExplainedLimit {
+    fn new(limit: &RateLimit, caller: &Caller<'_>) -> Self {
+        Self {
+            name: limit.settings.name.to_string(),
+            quota: limit.settings.quota.to_string(),
+            counted_for: limit.key(caller).map(|key| key.to_string()),
+            mode: limit.mode.as_str(),
+        }
+    }
+
+    fn words(&self) -> String {
+        let Self {
+            name, quota, mode, ..
+        } = self;
+        match &self.counted_for {
+            Some(key) => format!("{name}: {quota}, counted for {key} ({mode})"),
+            None => format!("{name}: {quota}, counted for nobody ({mode})"),
         }
     }
 }

@@ -30,6 +30,7 @@ pub mod discovery;
 pub mod explain;
 pub mod filter;
 pub mod health;
+pub mod limit;
 pub mod proxy;
 pub mod proxy_protocol;
 pub mod routing;

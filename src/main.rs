@@ -3,6 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use serin::app::{App, Drained, Follow};
@@ -15,6 +16,7 @@ use serin::control::offline_snapshot;
 use serin::demo::{self, Screen};
 use serin::explain::{Question, explain};
 use serin::snapshot::Snapshot;
+use serin::telemetry::process_log::ProcessLog;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
@@ -30,18 +32,24 @@ const USAGE: u8 = 2;
 /// A fault of Serin's own, as a panic exits.
 const FAULT: u8 = 101;
 
+/// How long the end of the log may take to be written.
+const LOG_LIMIT: Duration = Duration::from_secs(1);
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Err(reason) = start_logging(&cli) {
-        return fail(USAGE, &format!("error: --log: {reason}"));
-    }
-    match cli.command {
+    let log = match start_logging(&cli) {
+        Ok(log) => log,
+        Err(reason) => return fail(USAGE, &format!("error: --log: {reason}")),
+    };
+    let code = match cli.command {
         Command::Run(run) => run_proxy(&run),
         Command::Check(check) => run_check(&check),
         Command::Explain(question) => run_explain(&question),
         Command::Schema => print(&json_schema()),
         Command::Demo(options) => run_demo(&options),
-    }
+    };
+    log.flush(LOG_LIMIT);
+    code
 }
 
 fn run_proxy(run: &cli::Run) -> ExitCode {
@@ -244,21 +252,22 @@ fn run_demo(options: &cli::Demo) -> ExitCode {
     }
 }
 
-fn start_logging(cli: &Cli) -> Result<(), tracing_subscriber::filter::ParseError> {
+fn start_logging(cli: &Cli) -> Result<ProcessLog, Box<dyn std::error::Error>> {
     let default = match cli.command {
         // Its table should not be torn by lines of the log.
         Command::Demo(_) => "warn",
         _ => "info",
     };
     let filter = EnvFilter::builder().parse(cli.log.as_deref().unwrap_or(default))?;
+    let log = ProcessLog::start(std::io::stderr())?;
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(log.clone());
     match cli.log_format {
         LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).init(),
         LogFormat::Json => logs.json().init(),
     }
-    Ok(())
+    Ok(log)
 }
 
 /// Prints to standard output; a reader that has gone (`serin schema | head`) is no failure.

@@ -5,6 +5,7 @@
 //! Each worker has a `Proxy` of its own, and all that a request reads comes from the one
 //! [`Snapshot`] that it took at its beginning.
 
+pub mod admission;
 mod attempts;
 pub mod body;
 pub mod error;
@@ -424,6 +425,7 @@ impl Proxy {
                 let (ends, latency) = answered(&mut response, wish, &mut exchange)?;
                 let survey = Survey::of(response.headers());
                 headers::prepare_response(&mut response, survey, route, last.target, &verdict);
+                admission::tell(exchange.standing(), None, response.headers_mut());
                 let is_stream = ends.is_some() || exchange.is_stream(response.headers());
                 // The baseline is where everybody may stay.
                 let stay = verdict.stay.filter(|_| std::ptr::eq(last.target, target));
@@ -466,6 +468,7 @@ impl Proxy {
         let host = origin::host(parts, *survey)?;
         let head = origin::head(parts, &host, origin.client);
         let (route, matched) = snapshot.find(&head).ok_or(ProxyError::NoRoute)?;
+        admission::shed(snapshot, route, exchange)?;
         if admitted.has_escaped_slash && !route.keeps_escaped_slashes {
             return Err(ProxyError::BadRequest("the path has an escaped slash").into());
         }
@@ -477,6 +480,7 @@ impl Proxy {
         headers::refuse_transfer_coding(&parts.headers, *survey, refusal)?;
         headers::refuse_ambiguous(&parts.headers, *survey, &route.guarded_headers)?;
         let (decision, failed_over) = route.decide(&head, origin.trusted, &mut || self.roll());
+        admission::limit_rate(route, &head, &decision, exchange)?;
         exchange.decided(route, &decision, failed_over);
         Ok(Decided {
             route,

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use http::header::{HeaderName, HeaderValue};
+use http::header::{COOKIE, HeaderName, HeaderValue};
 use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 use tokio::sync::watch;
@@ -27,6 +27,9 @@ use crate::backend::{
 use crate::config::{self, Config, Failover};
 use crate::discovery::Located;
 use crate::filter::Filters;
+use crate::limit::key::By;
+use crate::limit::overload::{Overload, Priority};
+use crate::limit::rate::{RateLimit, Tallies};
 use crate::routing::gray::{Dice, Override, Rule, Step};
 use crate::routing::rescue::Rescue;
 use crate::routing::split::Split;
@@ -56,6 +59,8 @@ pub struct Snapshot {
     /// Headers in which some listener passes on the subject of a client's certificate: from nobody
     /// else they may come, through whatever listener.
     pub subject_headers: Arc<[HeaderName]>,
+    /// How many requests are served at a time.
+    pub overload: Overload,
     /// Where a line for each request goes.
     pub access_log: Option<Arc<AccessLog>>,
     table: RouteTable,
@@ -78,6 +83,8 @@ pub struct Living {
     pub endpoints: Endpoints,
     /// What encrypts the session tickets of listeners.
     pub tickets: Tickets,
+    /// What rate limits have counted.
+    pub tallies: Tallies,
 }
 
 /// A compiled route.
@@ -95,6 +102,10 @@ pub struct Route {
     pub transcoder: Option<Arc<Transcoder>>,
     /// The most bytes of a request body, where it says so itself.
     pub body_limit: Option<u64>,
+    /// How fast its requests may come.
+    pub rate_limits: Vec<RateLimit>,
+    /// How important its requests are.
+    pub priority: Priority,
     /// What requests are counted under that it answers itself.
     pub metrics: Arc<TargetMetrics>,
     /// Who gets which.
@@ -213,11 +224,20 @@ pub fn compile(
                     .clone()
             })
             .collect(),
+        overload: config.overload,
         access_log: None,
         routes: config
             .routes
             .iter()
-            .map(|route| Arc::new(compile_route(route, &backends, lists, metrics)))
+            .map(|route| {
+                Arc::new(compile_route(
+                    route,
+                    &backends,
+                    lists,
+                    &mut living.tallies,
+                    metrics,
+                ))
+            })
             .collect(),
         connection_policies: backends
             .iter()
@@ -297,6 +317,7 @@ fn compile_route(
     route: &config::Route,
     backends: &[Arc<Backend>],
     lists: &[Arc<UserList>],
+    tallies: &mut Tallies,
     metrics: &Metrics,
 ) -> Route {
     let targets: Vec<RouteTarget> = route
@@ -308,7 +329,7 @@ fn compile_route(
     Route {
         name: Arc::clone(&route.name),
         vary: vary(route, &gray),
-        guarded_headers: gray.guarded_headers(),
+        guarded_headers: guarded_headers(route, &gray),
         guarded_trailers: guarded_trailers(route, &gray, &targets),
         unbelieved_headers: gray.unbelieved_headers(),
         gray,
@@ -316,6 +337,8 @@ fn compile_route(
         keeps_escaped_slashes: route.keeps_escaped_slashes,
         transcoder: route.transcoder.clone(),
         body_limit: route.body_limit,
+        rate_limits: compile_rate_limits(route, tallies, metrics),
+        priority: route.priority,
         metrics: metrics.route(&route.name),
         request_timeout: route.request_timeout,
         backend_timeout: route.backend_timeout,
@@ -332,6 +355,39 @@ fn compile_route(
     }
 }
 
+fn compile_rate_limits(
+    route: &config::Route,
+    tallies: &mut Tallies,
+    metrics: &Metrics,
+) -> Vec<RateLimit> {
+    let limits = route.rate_limits.iter();
+    let compiled = limits.map(|(settings, mode)| RateLimit {
+        settings: settings.clone(),
+        mode: *mode,
+        counts: tallies.get_or_create(&route.name, settings),
+        limited: metrics.rate_limited(&route.name, &settings.name, *mode),
+        displaced: metrics.rate_limit_keys_displaced(&route.name, &settings.name),
+    });
+    compiled.collect()
+}
+
+/// The headers that nobody may repeat or take away: an endpoint must read the same of them as was read
+/// here.
+fn guarded_headers(route: &config::Route, gray: &Gray) -> Vec<HeaderName> {
+    let mut guarded = gray.guarded_headers();
+    let limits = route.rate_limits.iter();
+    let counted = limits.filter_map(|(settings, _)| match &settings.by {
+        By::Header(name) => Some(name.clone()),
+        By::Client | By::User | By::Everyone => None,
+    });
+    for name in counted {
+        if name != COOKIE && !guarded.contains(&name) {
+            guarded.push(name);
+        }
+    }
+    guarded
+}
+
 fn guarded_trailers(
     route: &config::Route,
     gray: &Gray,
@@ -339,7 +395,7 @@ fn guarded_trailers(
 ) -> Vec<HeaderName> {
     let edits = targets.iter().map(|target| &target.backend.request_headers);
     let edits = edits.chain([&route.filters.request_headers]);
-    let mut guarded = gray.guarded_headers();
+    let mut guarded = guarded_headers(route, gray);
     guarded.extend(edits.flat_map(HeaderEdits::names).cloned());
     guarded
 }

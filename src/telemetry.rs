@@ -3,4 +3,5 @@
 pub mod access_log;
 pub mod histogram;
 pub mod metrics;
+pub mod process_log;
 pub mod trace_context;

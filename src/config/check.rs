@@ -7,6 +7,7 @@ mod backend;
 mod discovery;
 mod filters;
 mod gray;
+mod limit;
 mod listener;
 mod resilience;
 mod route;
@@ -21,6 +22,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use rustls::RootCertStore;
 
+use crate::limit::overload::Overload;
 use crate::telemetry::access_log;
 use crate::telemetry::metrics::DEFAULT_BUCKETS;
 
@@ -190,6 +192,9 @@ impl Checker<'_> {
             admin: admin?,
             workers: file.workers,
             shutdown_timeout: shutdown_timeout?,
+            overload: Overload {
+                in_flight: limit::in_flight(&file.overload),
+            },
             duration_buckets: duration_buckets?,
             access_log: access_log?,
             dns: dns?,

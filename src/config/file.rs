@@ -9,6 +9,7 @@ mod backend;
 mod dns;
 mod filter;
 mod gray;
+mod limit;
 mod listener;
 mod resilience;
 mod route;
@@ -26,6 +27,7 @@ pub use filter::{
     RequestRedirect, Scheme, UrlRewrite,
 };
 pub use gray::{Gray, IdentityFrom, IdentitySource, JwtClaim, Override, Rule, WithoutIdentity};
+pub use limit::{Overload, Priority, RateLimit, RateLimitBy, RateLimitMode, WithoutKey};
 pub use listener::{
     CertificateRef, ClientCa, ClientCertificateMode, Listener, ListenerDefaults, ListenerHttp2,
     ListenerLimits, ListenerTimeouts, ListenerTls, TlsVersion,
@@ -61,6 +63,9 @@ pub struct ConfigFile {
     /// What happens on SIGTERM.
     #[serde(default)]
     pub shutdown: Shutdown,
+    /// How many requests are served at a time.
+    #[serde(default)]
+    pub overload: Overload,
     /// What is measured, and how finely.
     #[serde(default)]
     pub telemetry: Telemetry,

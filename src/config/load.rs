@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::routing::UserList;
-use crate::routing::user_list::Pause;
+use crate::routing::user_list::{Pause, no_text};
 use crate::tls;
 
 use super::check::{Checked, Surroundings, check};
@@ -143,8 +143,7 @@ fn load_generation(
         .filter(|file| file.exists());
     let (text, state) = read_settled(in_generation.as_deref().unwrap_or(path), LARGEST_FILE)
         .map_err(|error| Problems::whole_file(path, format!("the file {}", cannot_read(&error))))?;
-    let text = String::from_utf8(text)
-        .map_err(|_| Problems::whole_file(path, "the file is not UTF-8 text"))?;
+    let text = as_text(text).map_err(|reason| Problems::whole_file(path, reason))?;
     let mut loaded = load_in(directory, path, &text, readers)?;
     loaded.files.push((path.to_owned(), Some(state)));
     Ok(loaded)
@@ -363,6 +362,26 @@ pub(super) fn read_settled(path: &FilePath, largest: u64) -> io::Result<(Vec<u8>
         return Err(io::Error::other("it was written to while it was read"));
     }
     Ok((content, stamp))
+}
+
+/// The text of a configuration, without a byte order mark.
+fn as_text(content: Vec<u8>) -> Result<String, String> {
+    if let Some(reason) = no_text(&content) {
+        return Err(format!("the file {reason}"));
+    }
+    let mut text = String::from_utf8(content).map_err(|error| {
+        let sound = error.utf8_error().valid_up_to();
+        let (before, rest) = error.as_bytes().split_at(sound);
+        let line = 1 + memchr::memchr_iter(b'\n', before).count();
+        let byte = rest.first().copied().unwrap_or_default();
+        format!(
+            "the file is not UTF-8 text: line {line} has the byte 0x{byte:02X}; save it as UTF-8"
+        )
+    })?;
+    if text.starts_with('\u{FEFF}') {
+        text.drain(..'\u{FEFF}'.len_utf8());
+    }
+    Ok(text)
 }
 
 pub(super) fn syntax_problem(text: &str, error: &serde_saphyr::Error) -> Problem {

@@ -104,7 +104,29 @@ fn a_file_that_does_not_exist_or_is_not_text_is_a_problem_of_its_own() {
     assert!(message(&gone).contains("does not exist"));
     let binary = directory.path().join("binary.yaml");
     fs::write(&binary, b"listeners: \xff\n").unwrap();
-    assert!(message(&binary).contains("not UTF-8"));
+    assert!(message(&binary).contains("not UTF-8 text: line 1 has the byte 0xFF"));
+    fs::write(&binary, b"listeners: []\n# caf\xE9\n").unwrap();
+    assert!(message(&binary).contains("line 2 has the byte 0xE9"));
+    let utf16: Vec<u8> = "listeners: []\n"
+        .encode_utf16()
+        .flat_map(u16::to_le_bytes)
+        .collect();
+    fs::write(&binary, &utf16).unwrap();
+    assert!(message(&binary).contains("looks like UTF-16"));
+    fs::write(&binary, b"\x1F\x8B\x08").unwrap();
+    assert!(message(&binary).contains("compressed with gzip"));
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_the_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("serin.yaml");
+    fs::write(
+        &file,
+        "\u{FEFF}listeners: [ { name: web, address: '127.0.0.1:0' } ]\nroutes: []\n",
+    )
+    .unwrap();
+    assert!(load(&file, &mut load_list).is_ok());
 }
 
 fn message(file: &Path) -> String {

@@ -1,10 +1,10 @@
 //! What can go wrong with a request, whose fault it is, and what the client is told.
 
 use std::io;
+use std::time::Duration;
 
 use http::header::{
     ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue,
-    RETRY_AFTER,
 };
 use http::{Response, StatusCode};
 use tracing::debug;
@@ -13,11 +13,15 @@ use crate::backend::Crowded;
 use crate::routing::rescue::Trouble;
 use crate::upstream::SendError;
 
+use super::admission;
 use super::body::{BodyState, Progress, ReplyBody};
 use super::exchange::Exchange;
 use super::grpc;
 
 const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
+
+/// When to come again while too many requests are in flight: most are over by then.
+const OVERLOAD_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why a request gets a reply of our own.
 #[derive(Debug)]
@@ -48,6 +52,10 @@ pub enum ProxyError {
     TransferCoding,
     /// No route takes it.
     NoRoute,
+    /// Too many requests are in flight.
+    Overloaded,
+    /// Its caller has sent too many; after so long the next one is let in.
+    RateLimited(Duration),
     /// The backend has no endpoint to send to.
     NoEndpoint,
     /// The backend has as many requests as it may have.
@@ -151,9 +159,10 @@ impl ProxyError {
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::TransferCoding => StatusCode::NOT_IMPLEMENTED,
             Self::NoRoute | Self::NoMethod => StatusCode::NOT_FOUND,
-            Self::NoEndpoint | Self::Crowded(_) | Self::Exhausted(_) => {
+            Self::NoEndpoint | Self::Crowded(_) | Self::Exhausted(_) | Self::Overloaded => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
+            Self::RateLimited(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::ClientGone => client_gone(),
             Self::Connect(_)
             | Self::Unsent(_)
@@ -176,7 +185,9 @@ impl ProxyError {
             | Self::Untranslatable
             | Self::NoMethod => "http_request_error",
             Self::Exhausted(_) | Self::Crowded(_) => "connection_limit_reached",
-            Self::MethodNotAllowed
+            Self::Overloaded => "proxy_internal_response",
+            Self::RateLimited(_)
+            | Self::MethodNotAllowed
             | Self::TransferCoding
             | Self::UriTooLong
             | Self::HeadTooLarge
@@ -206,9 +217,10 @@ impl ProxyError {
             | Self::UriTooLong
             | Self::HeadTooLarge
             | Self::BodyTooLarge
+            | Self::RateLimited(_)
             | Self::MethodNotAllowed
             | Self::TransferCoding => Side::Client,
-            Self::NoRoute | Self::Loop | Self::Exhausted(_) => Side::Proxy,
+            Self::NoRoute | Self::Loop | Self::Exhausted(_) | Self::Overloaded => Side::Proxy,
             _ => Side::Upstream,
         }
     }
@@ -220,13 +232,22 @@ impl ProxyError {
             Self::ConnectTimeout | Self::Timeout | Self::RequestStalled => {
                 grpc::Status::DEADLINE_EXCEEDED
             }
-            Self::UriTooLong | Self::HeadTooLarge | Self::BodyTooLarge => {
+            Self::UriTooLong | Self::HeadTooLarge | Self::BodyTooLarge | Self::RateLimited(_) => {
                 grpc::Status::RESOURCE_EXHAUSTED
             }
             Self::Untranslatable => grpc::Status::INVALID_ARGUMENT,
             Self::ClientGone => grpc::Status::CANCELLED,
             Self::Unsent(error) | Self::Terminated(error) => grpc::Status::from_broken(error),
             _ => grpc::Status::from_http(self.status()),
+        }
+    }
+
+    /// After how long it makes sense to come again.
+    fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Overloaded | Self::Crowded(_) => Some(OVERLOAD_PAUSE),
+            Self::RateLimited(pause) => Some(*pause),
+            _ => None,
         }
     }
 
@@ -242,6 +263,7 @@ impl ProxyError {
         let status = self.status();
         let text = format!("{status}: {}\n", self.words());
         exchange.replied(status, self.token(), text.len());
+        let standing = exchange.standing();
         let length = HeaderValue::from(text.len());
         // hyper leaves the body of a reply to HEAD out in HTTP/1 alone.
         let text = if exchange.is_head() {
@@ -258,9 +280,7 @@ impl ProxyError {
             HeaderValue::from_static("text/plain; charset=utf-8"),
         );
         self.set_proxy_status(headers);
-        if matches!(self, Self::Crowded(_)) {
-            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
-        }
+        admission::tell(standing, self.retry_after(), headers);
         if matches!(self, Self::TransferCoding) {
             // Whoever sends such a request may see its end somewhere else than we do.
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
@@ -285,7 +305,12 @@ impl ProxyError {
             _ => exchange.replied(StatusCode::OK, self.token(), 0),
         }
         let mut response = status.reply(self.words(), ReplyBody::empty());
-        self.set_proxy_status(response.headers_mut());
+        let headers = response.headers_mut();
+        self.set_proxy_status(headers);
+        admission::tell(exchange.standing(), self.retry_after(), headers);
+        if let Some(pause) = self.retry_after() {
+            grpc::push_back(pause, headers);
+        }
         response
     }
 
@@ -312,6 +337,8 @@ impl ProxyError {
             Self::Loop => "the request has passed through this proxy before",
             Self::MethodNotAllowed => "this method is not served",
             Self::NoRoute => "no route takes this host and path",
+            Self::Overloaded => "the proxy has too many requests in flight",
+            Self::RateLimited(_) => "there have been too many requests",
             Self::NoEndpoint => "no endpoint is available",
             Self::Connect(_) => "the upstream cannot be reached",
             Self::ConnectTimeout => "the upstream did not accept the connection in time",

@@ -9,10 +9,11 @@ use http::{Request, Response, StatusCode, Version};
 use tokio::time::Instant;
 
 use crate::backend::{Backend, Crowded, Endpoint};
+use crate::limit::gcra::Standing;
 use crate::routing::Decision;
 use crate::snapshot::{FailedOver, Route, RouteTarget};
 use crate::telemetry::access_log::{Line, LogValue, WorkerLog};
-use crate::telemetry::metrics::{MethodLabel, Protocol, TargetMetrics, WorkerMetrics};
+use crate::telemetry::metrics::{MethodLabel, Metrics, Protocol, TargetMetrics, WorkerMetrics};
 use crate::telemetry::trace_context::TraceContext;
 
 use super::body::{self, Progress};
@@ -36,6 +37,10 @@ pub struct Exchange {
     attempts: u32,
     method: MethodLabel,
     protocol: Protocol,
+    /// How many requests there were when it came, itself among them.
+    in_flight: i64,
+    /// How its caller stands with the rate limits of its route.
+    standing: Option<Standing>,
     /// What it counts for; for none before it is decided.
     target: Option<Arc<TargetMetrics>>,
     /// How that failed, if the baseline answers instead; boxed, since few do.
@@ -121,6 +126,8 @@ impl Exchange {
             attempts: 0,
             method: MethodLabel::from(request.method()),
             protocol: Protocol::from(request.version()),
+            in_flight: metrics.all.in_flight().rise(),
+            standing: None,
             target: None,
             shielded: None,
             status: None,
@@ -200,6 +207,26 @@ impl Exchange {
     /// When it was last sent on its way to an endpoint.
     pub fn sent_at(&self) -> Instant {
         self.sent_at
+    }
+
+    /// How many requests there were when it came, itself among them.
+    pub fn in_flight(&self) -> i64 {
+        self.in_flight
+    }
+
+    /// The metrics that it is counted in.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics.all
+    }
+
+    /// Its caller stands so with the rate limits of its route, if it has any.
+    pub fn stands(&mut self, standing: Option<Standing>) {
+        self.standing = standing;
+    }
+
+    /// How its caller stands with the rate limits of its route.
+    pub fn standing(&self) -> Option<Standing> {
+        self.standing
     }
 
     /// It is known who sent it.
@@ -318,6 +345,8 @@ impl Exchange {
             after: self.started.elapsed(),
             bytes_in: 0,
         }));
+        // A tunnel costs memory but no work, and stands for hours.
+        self.metrics.all.in_flight().fall();
         if let Some(target) = self.serving() {
             target.tunnels().rise();
         }
@@ -352,10 +381,15 @@ impl Exchange {
 
     /// The route answers it itself.
     pub fn answered_by_route(&mut self, route: &Route, status: StatusCode) {
-        route.metrics.in_flight().rise();
-        self.target = Some(Arc::clone(&route.metrics));
+        self.stays_with(route);
         self.status = Some(status);
         self.ended();
+    }
+
+    /// It counts for this route, and for none of its backends.
+    pub fn stays_with(&mut self, route: &Route) {
+        route.metrics.in_flight().rise();
+        self.target = Some(Arc::clone(&route.metrics));
         if let Some(entry) = &mut self.entry {
             entry.text("route", &route.name);
         }
@@ -479,6 +513,9 @@ impl Drop for Exchange {
         let duration = self.started.elapsed();
         let grpc = self.grpc_status(status);
         self.count(status, grpc, duration);
+        if self.tunnel.is_none() {
+            self.metrics.all.in_flight().fall();
+        }
         if let Some(target) = self.serving() {
             target.in_flight().fall();
             if self.tunnel.is_some() {

@@ -17,6 +17,7 @@ pub struct Status(u8);
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
 
 /// What may not stand in `grpc-message` as it is.
 const MESSAGE: &AsciiSet = &CONTROLS.add(b'%');
@@ -174,6 +175,13 @@ pub fn timeout(headers: &HeaderMap) -> Option<Duration> {
         "n" => Duration::from_nanos(number),
         _ => return None,
     })
+}
+
+/// Tells a caller's own retries when to come again (gRFC A6, "Pushback").
+pub fn push_back(pause: Duration, trailers: &mut HeaderMap) {
+    let milliseconds = pause.as_nanos().div_ceil(1_000_000);
+    let milliseconds = i32::try_from(milliseconds).unwrap_or(i32::MAX);
+    trailers.insert(PUSHBACK, milliseconds.into());
 }
 
 #[cfg(test)]

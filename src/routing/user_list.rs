@@ -26,7 +26,7 @@ use self::packing::{Packing, line_at};
 mod format;
 mod packing;
 
-pub use self::format::{Format, ListError};
+pub use self::format::{Format, ListError, no_text};
 
 /// A set of user ids which answers exactly, and never changes once built.
 pub struct UserList {

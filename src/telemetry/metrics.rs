@@ -16,6 +16,8 @@ use metrics::{Counter, Gauge, Key, Label, Metadata, Recorder, Unit};
 use metrics_exporter_prometheus::formatting::{write_help_line, write_type_line};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
+use crate::limit::overload::Priority;
+use crate::limit::rate::Mode;
 use crate::routing::Reason;
 
 use super::histogram::{Buckets, LatencyHistogram};
@@ -42,6 +44,10 @@ pub struct Metrics {
     buckets: Buckets,
     workers: usize,
     gauges: Mutex<HashMap<Key, Arc<Level>>>,
+    /// Requests being served in the whole process.
+    in_flight: Arc<Level>,
+    /// Requests that were not, by priority.
+    shed: [Counter; Priority::ALL.len()],
     /// Revision and hash of the configuration in force.
     config_info: Mutex<(u64, u64)>,
 }
@@ -211,6 +217,28 @@ const DEFINITIONS: &[Definition] = &[
         "Long-lived streams that were ended, since their user gets another version.",
     ),
     gauge(
+        "serin_overload_requests_in_flight",
+        None,
+        "Requests being served in the whole process, tunnels not among them.",
+    ),
+    gauge(
+        "serin_overload_limit",
+        None,
+        "Requests beyond which those of normal priority are shed; not a number without a limit.",
+    ),
+    counter(
+        "serin_shed_requests_total",
+        "Requests refused because too many were in flight, by priority.",
+    ),
+    counter(
+        "serin_rate_limited_total",
+        "Requests beyond a rate limit, by its mode: refused, or only observed.",
+    ),
+    counter(
+        "serin_rate_limit_keys_displaced_total",
+        "Keys of a rate limit that were forgotten while they still counted: it has too few.",
+    ),
+    gauge(
         "serin_backend_weight",
         None,
         "Weight of a backend on a route, as configured.",
@@ -346,8 +374,14 @@ impl Metrics {
         }
         let process = metrics_process::Collector::default();
         metrics::with_local_recorder(&recorder, || process.describe());
+        let in_flight = Arc::<Level>::default();
+        let in_flight_key = key("serin_overload_requests_in_flight", &[]);
         let metrics = Self {
             handle: recorder.handle(),
+            shed: Priority::ALL.map(|priority| {
+                let labels = [("priority", priority.as_str())];
+                from_the_start(&recorder, "serin_shed_requests_total", &labels)
+            }),
             recorder,
             process,
             targets: Mutex::default(),
@@ -355,7 +389,8 @@ impl Metrics {
             unrouted: OnceLock::new(),
             buckets: Buckets::new(buckets),
             workers,
-            gauges: Mutex::default(),
+            gauges: Mutex::new(HashMap::from([(in_flight_key, Arc::clone(&in_flight))])),
+            in_flight,
             config_info: Mutex::default(),
         };
         metrics
@@ -427,6 +462,28 @@ impl Metrics {
     /// A level by name and labels, the same one for the same labels.
     pub fn level(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Arc<Level> {
         Arc::clone(lock(&self.gauges).entry(key(name, labels)).or_default())
+    }
+
+    /// The number of requests being served in the whole process.
+    pub fn in_flight(&self) -> &Level {
+        &self.in_flight
+    }
+
+    /// Counts a request of this priority that was refused because too many were in flight.
+    pub fn count_shed(&self, priority: Priority) {
+        self.shed[priority as usize].increment(1);
+    }
+
+    /// Where the requests beyond a rate limit of a route are counted.
+    pub fn rate_limited(&self, route: &str, limit: &str, mode: Mode) -> Counter {
+        let labels = [("route", route), ("limit", limit), ("mode", mode.as_str())];
+        from_the_start(&self.recorder, "serin_rate_limited_total", &labels)
+    }
+
+    /// Where the keys are counted that a rate limit of a route has forgotten too early.
+    pub fn rate_limit_keys_displaced(&self, route: &str, limit: &str) -> Counter {
+        let name = "serin_rate_limit_keys_displaced_total";
+        from_the_start(&self.recorder, name, &[("route", route), ("limit", limit)])
     }
 
     /// The handles for requests that no route takes.
@@ -661,9 +718,10 @@ impl Level {
         Up(Arc::clone(self))
     }
 
-    /// Puts the level up by one; whoever does so owes a [`fall`](Self::fall).
-    pub fn rise(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+    /// Puts the level up by one, and tells what it is then; whoever does so owes a
+    /// [`fall`](Self::fall).
+    pub fn rise(&self) -> i64 {
+        self.0.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Puts the level down by one.
@@ -762,6 +820,18 @@ pub fn help(name: &str) -> &'static str {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A counter that is there before anything is counted: an increase from nothing is invisible to
+/// Prometheus.
+fn from_the_start(
+    recorder: &PrometheusRecorder,
+    name: &'static str,
+    labels: &[(&'static str, &str)],
+) -> Counter {
+    let counter = recorder.register_counter(&key(name, labels), &METADATA);
+    counter.increment(0);
+    counter
 }
 
 static METADATA: Metadata<'static> =

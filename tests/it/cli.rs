@@ -11,12 +11,16 @@ use crate::support::{Client, PATIENCE, Raw, Upstream, eventually, get, shop, sin
 
 fn serin(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_serin"));
+    without_settings(command.args(arguments));
     command
-        .args(arguments)
+}
+
+/// Takes out of the environment what the program reads of it.
+pub(crate) fn without_settings(command: &mut Command) {
+    command
         .env_remove("SERIN_CONFIG")
         .env_remove("SERIN_LOG")
         .env_remove("SERIN_LOG_FORMAT");
-    command
 }
 
 pub(crate) fn output(arguments: &[&str]) -> (Option<i32>, String, String) {
@@ -42,8 +46,12 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start(config: &Path) -> Self {
-        let config = config.to_str().unwrap();
-        let mut child = serin(&["run", "--config", config])
+        Self::spawn(&mut serin(&["run", "--config", config.to_str().unwrap()]))
+    }
+
+    /// As `start`, by a command of its own.
+    pub(crate) fn spawn(command: &mut Command) -> Self {
+        let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

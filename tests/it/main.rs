@@ -8,6 +8,7 @@
 mod abuse;
 mod access_log;
 mod admin;
+mod bad_luck;
 mod balance;
 mod cli;
 mod discovery;
@@ -19,6 +20,7 @@ mod grpc;
 mod headers;
 mod http2;
 mod http2_frames;
+mod limits;
 mod moves;
 mod paths;
 mod proxy_protocol;

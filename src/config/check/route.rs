@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::config::document::Path;
 use crate::config::{BackendIndex, Route, RouteTarget, file, value};
 use crate::filter::Filters;
+use crate::limit::overload::Priority;
 use crate::routing::BASELINE;
 use crate::routing::matcher::{Condition, PathMatcher};
 use crate::routing::table::RouteMatch;
@@ -56,6 +57,7 @@ impl Checker<'_> {
         let failover = self.failover(route, &at.key("failover"), backend_names);
         let rescue = self.rescue(route, at);
         let stream_deadline = self.stream_deadline(&route.streams, &at.key("streams"));
+        let rate_limits = self.rate_limits(route, &at.key("rateLimits"));
         let timeouts = self.route_timeouts(&route.timeouts, &at.key("timeouts"));
         let [request_timeout, backend_timeout, tunnel_idle] = timeouts?;
         Some(Route {
@@ -67,6 +69,11 @@ impl Checker<'_> {
             transcoder: transcoder?,
             keeps_escaped_slashes: route.escaped_slashes == file::EscapedSlashes::Keep,
             body_limit: route.limits.request_body.map(|size| size.0),
+            rate_limits: rate_limits?,
+            priority: match route.priority {
+                file::Priority::Normal => Priority::Normal,
+                file::Priority::Critical => Priority::Critical,
+            },
             request_timeout,
             backend_timeout,
             tunnel_idle,

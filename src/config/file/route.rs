@@ -3,7 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{DURATION_PATTERN, Failover, Filter, Gray, Retry, Shield, Size, Streams};
+use super::{
+    DURATION_PATTERN, Failover, Filter, Gray, Priority, RateLimit, Retry, Shield, Size, Streams,
+};
 
 /// Which requests go where.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
@@ -33,6 +35,12 @@ pub struct Route {
     /// How much its clients may send.
     #[serde(default)]
     pub limits: RouteLimits,
+    /// How fast its requests may come; all of these must hold.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rate_limits: Vec<RateLimit>,
+    /// How important its requests are when there are too many (default `normal`).
+    #[serde(default)]
+    pub priority: Priority,
     /// How long an exchange may take.
     #[serde(default)]
     pub timeouts: RouteTimeouts,

@@ -401,12 +401,28 @@ fn control_reason(control: char) -> String {
 
 /// Where the text starts, after a UTF-8 byte order mark if there is one.
 fn text_start(content: &[u8]) -> Result<usize, ListError> {
+    match no_text(content) {
+        Some(reason) => Err(ListError::whole_file(format!("the file {reason}"))),
+        None if content.starts_with(&[0xEF, 0xBB, 0xBF]) => Ok(3),
+        None => Ok(0),
+    }
+}
+
+/// What is wrong with a file that is no text, where its beginning tells; completes "the file ...".
+pub fn no_text(content: &[u8]) -> Option<&'static str> {
+    let begins_with = |magic: &[u8]| content.starts_with(magic);
     match content {
-        [0xEF, 0xBB, 0xBF, ..] => Ok(3),
-        [0xFF, 0xFE, ..] | [0xFE, 0xFF, ..] => Err(ListError::whole_file(
-            "the file is UTF-16; save it as UTF-8".to_owned(),
-        )),
-        _ => Ok(0),
+        [0xFF, 0xFE, ..] | [0xFE, 0xFF, ..] => Some("is UTF-16; save it as UTF-8"),
+        [1..=0x7F, 0, 1..=0x7F, 0, ..] | [0, 1..=0x7F, 0, 1..=0x7F, ..] => {
+            Some("looks like UTF-16; save it as UTF-8")
+        }
+        _ if begins_with(b"\x1F\x8B") => Some("is compressed with gzip; unpack it"),
+        _ if begins_with(b"\x28\xB5\x2F\xFD") => Some("is compressed with zstd; unpack it"),
+        _ if begins_with(b"\xFD7zXZ\0") => Some("is compressed with xz; unpack it"),
+        _ if begins_with(b"PK\x03\x04") => {
+            Some("is a ZIP archive or a spreadsheet; save its text as UTF-8")
+        }
+        _ => None,
     }
 }
 
@@ -497,8 +513,35 @@ mod tests {
         assert_error(csv(b"\xFE\xFF\0u"), "line 1, column 1: the file is UTF-16");
         assert_error(
             lines(b"a\0n\0n\0\n\0"),
-            "line 1, column 2: NUL byte in an id; the file looks like UTF-16",
+            "line 1, column 1: the file looks like UTF-16",
         );
+        assert_error(
+            csv(b"\0u\0s\0e\0r\0\n"),
+            "line 1, column 1: the file looks like UTF-16",
+        );
+        assert_error(
+            lines(b"ann\nb\0o\0b\0"),
+            "line 2, column 2: NUL byte in an id; the file looks like UTF-16",
+        );
+    }
+
+    #[test]
+    fn what_is_packed_is_named() {
+        for (content, packing) in [
+            (&b"\x1F\x8B\x08\0\0\0\0\0\0\x03"[..], "gzip"),
+            (b"\x28\xB5\x2F\xFD\x04", "zstd"),
+            (b"\xFD7zXZ\0\0", "xz"),
+            (b"PK\x03\x04\x14\0", "a ZIP archive or a spreadsheet"),
+        ] {
+            for error in [lines(content), csv(content)] {
+                let error = error.unwrap_err();
+                assert!(
+                    error.starts_with("line 1, column 1: the file is "),
+                    "{error}"
+                );
+                assert!(error.contains(packing), "{error}");
+            }
+        }
     }
 
     #[test]
