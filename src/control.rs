@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 
 use crate::config::document::{Node, Path, Span};
@@ -17,7 +17,8 @@ use crate::config::load::{Loaded, LoadedList};
 use crate::config::{Config, ListSource, Problem, Problems, Workers};
 use crate::routing::UserList;
 use crate::server::acceptor::Acceptor;
-use crate::server::{self, BoundSocket, DrainingListener, OpenListener};
+use crate::server::sockets::Sockets;
+use crate::server::{self, BoundSocket, DrainingListener, OpenListener, Phase};
 use crate::snapshot::{Live, Living, Revision, Snapshot, compile};
 use crate::telemetry::access_log::{AccessLog, Output, Sinks};
 use crate::telemetry::metrics::Metrics;
@@ -89,6 +90,9 @@ pub struct Control {
     listeners: Vec<OpenListener>,
     /// Those that are no longer configured, until their last connection has ended.
     draining: Vec<DrainingListener>,
+    /// What new listeners begin with.
+    phase: Phase,
+    sockets: Arc<Sockets>,
     access_log: Option<Arc<AccessLog>>,
     sinks: Arc<Sinks>,
     /// What the process started with and cannot change.
@@ -113,6 +117,7 @@ const LIST_GAUGES: [&str; 5] = [
 struct Fixed {
     workers: Workers,
     admin: std::net::SocketAddr,
+    max_connections: Option<usize>,
     duration_buckets: Vec<f64>,
 }
 
@@ -127,14 +132,17 @@ impl Control {
     pub fn new(
         loaded: Loaded,
         watching: Watching,
+        sockets: Arc<Sockets>,
         metrics: Arc<Metrics>,
     ) -> Result<(Self, Vec<BoundSocket>), Problems> {
-        let (listeners, sockets) = bind_new(&loaded, &[], &metrics)?;
+        let phase = Phase::Serving;
+        let (listeners, bound) = bind_new(&loaded, &[], phase, &sockets, &metrics)?;
         let sinks = Sinks::new(&metrics);
         let access_log = open_log(&loaded, None, &sinks)?;
         let fixed = Fixed {
             workers: loaded.config.workers,
             admin: loaded.config.admin,
+            max_connections: loaded.config.max_connections,
             duration_buckets: loaded.config.duration_buckets.clone(),
         };
         let mut living = Living::default();
@@ -171,12 +179,14 @@ impl Control {
                 living,
                 listeners,
                 draining: Vec::new(),
+                phase,
+                sockets,
                 access_log,
                 sinks,
                 fixed,
                 board,
             },
-            sockets,
+            bound,
         ))
     }
 
@@ -195,9 +205,14 @@ impl Control {
         Arc::clone(&self.board)
     }
 
-    /// Takes changes until nobody can send any; then the listeners close.
-    pub async fn run(mut self, mut changes: mpsc::Receiver<Change>, acceptor: Acceptor) {
-        while let Some(change) = changes.recv().await {
+    /// Takes changes until nobody can send any, or the process drains; then the listeners close.
+    pub async fn run(
+        mut self,
+        mut changes: mpsc::Receiver<Change>,
+        acceptor: Acceptor,
+        mut phase: watch::Receiver<Phase>,
+    ) {
+        while let Some(change) = self.next(&mut changes, &mut phase).await {
             match change {
                 Change::Config {
                     loaded,
@@ -228,8 +243,32 @@ impl Control {
         }
     }
 
+    /// The next change; `None` when the process drains.
+    async fn next(
+        &mut self,
+        changes: &mut mpsc::Receiver<Change>,
+        phase: &mut watch::Receiver<Phase>,
+    ) -> Option<Change> {
+        loop {
+            tokio::select! {
+                biased;
+                // The sender's end is a drop, which says the same as `Draining`.
+                moved = phase.changed() => {
+                    moved.ok()?;
+                    self.phase = *phase.borrow_and_update();
+                    if self.phase >= Phase::Draining {
+                        return None;
+                    }
+                    self.listeners.iter().for_each(OpenListener::leave);
+                }
+                change = changes.recv() => return change,
+            }
+        }
+    }
+
     fn take_over(&mut self, loaded: Loaded, acceptor: &Acceptor) -> Result<Revision, Problems> {
-        let (opened, sockets) = bind_new(&loaded, &self.listeners, &self.metrics)?;
+        let (phase, sockets) = (self.phase, &self.sockets);
+        let (opened, bound) = bind_new(&loaded, &self.listeners, phase, sockets, &self.metrics)?;
         self.access_log = open_log(&loaded, self.access_log.as_ref(), &self.sinks)?;
         let (mut kept, closed): (Vec<_>, Vec<_>) = std::mem::take(&mut self.listeners)
             .into_iter()
@@ -250,7 +289,7 @@ impl Control {
         let draining = closed.into_iter().filter_map(|open| open.drain(&before));
         self.draining.extend(draining);
         let revision = self.publish(&loaded);
-        for socket in sockets {
+        for socket in bound {
             acceptor.open(socket);
         }
 
@@ -376,6 +415,10 @@ impl Fixed {
             (self.workers != config.workers, "workers"),
             (self.admin != config.admin, "admin.address"),
             (
+                self.max_connections != config.max_connections,
+                "connections.max",
+            ),
+            (
                 self.duration_buckets != config.duration_buckets,
                 "telemetry.durationBuckets",
             ),
@@ -418,6 +461,8 @@ fn same_list(before: &Loaded, after: &Loaded, source: &ListSource) -> bool {
 fn bind_new(
     loaded: &Loaded,
     open: &[OpenListener],
+    phase: Phase,
+    sockets: &Sockets,
     metrics: &Metrics,
 ) -> Result<(Vec<OpenListener>, Vec<BoundSocket>), Problems> {
     let mut bound = Vec::new();
@@ -426,7 +471,7 @@ fn bind_new(
         if open.iter().any(|open| open.serves(listener)) {
             continue;
         }
-        match server::bind(listener.address, &listener.name, metrics) {
+        match server::bind(listener.address, &listener.name, phase, sockets, metrics) {
             Ok(pair) => bound.push(pair),
             Err(error) => {
                 let at = Path::default()

@@ -13,7 +13,6 @@
 //! * [`snapshot`], [`control`]: what requests are served by, and the only place that replaces it;
 //! * [`server`], [`admin`]: where clients and operators come in;
 //! * [`telemetry`], [`explain`]: what operators see;
-//! * [`app`]: where all of it is put together; [`cli`], [`demo`]: what runs it.
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the lexicon.
 
@@ -24,6 +23,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod demo;
+pub mod descriptors;
 pub mod explain;
 pub mod filter;
 pub mod proxy;

@@ -10,6 +10,7 @@ mod connect;
 mod early;
 mod shape;
 mod shared;
+mod shortage;
 
 use std::cell::RefCell;
 use std::net::SocketAddr;
@@ -33,12 +34,14 @@ use crate::telemetry::metrics::{Level, Metrics};
 
 use connect::{Connected, connect};
 use shared::{Claim, Opening, Shared};
+pub use shortage::Shortage;
 
 /// The connections of one worker.
 #[derive(Debug)]
 pub struct Pools<B> {
     pools: RefCell<HashMap<EndpointId, Pool<B>>>,
     metrics: Arc<Metrics>,
+    shortage: Shortage,
 }
 
 /// The connections to one endpoint.
@@ -159,10 +162,11 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     /// No connections yet.
-    pub fn new(metrics: Arc<Metrics>) -> Rc<Self> {
+    pub fn new(metrics: Arc<Metrics>, shortage: Shortage) -> Rc<Self> {
         Rc::new(Self {
             pools: RefCell::default(),
             metrics,
+            shortage,
         })
     }
 
@@ -330,6 +334,8 @@ where
     async fn connect(self: &Rc<Self>, to: To<'_>) -> Result<Connection<B>, SendError> {
         let (level, opening) = self.begin_opening(to);
         let connected = connect(&to, level.up()).await;
+        let again = async || connect(&to, level.up()).await;
+        let connected = self.shortage.retry(connected, again).await;
         if let (Some(opening), Err(error)) = (&opening, &connected) {
             opening.opening.fail(error);
         }
@@ -382,6 +388,12 @@ where
             }
         });
         (Arc::clone(&pool.level), opener)
+    }
+
+    /// Closes all connections of HTTP/1.1 that nobody uses.
+    pub fn let_go(&self) {
+        let mut pools = self.pools.borrow_mut();
+        pools.values_mut().for_each(|pool| pool.idle.clear());
     }
 
     /// Keeps a connection for later, unless there are enough, its endpoint is gone, or connections

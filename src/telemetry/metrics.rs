@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -44,6 +44,8 @@ pub struct Metrics {
     gauges: Mutex<HashMap<Key, Arc<Level>>>,
     /// Revision and hash of the configuration in force.
     config_info: Mutex<(u64, u64)>,
+    /// What is not finished by now is cut off.
+    has_ended: AtomicBool,
 }
 
 /// The metrics as one worker uses them.
@@ -176,6 +178,15 @@ const DEFINITIONS: &[Definition] = &[
     ),
     gauge("serin_connections_active", None, "Connections of clients."),
     gauge(
+        "serin_connections_limit",
+        None,
+        "Connections that clients may have at a time.",
+    ),
+    counter(
+        "serin_connections_limit_reached_total",
+        "Times that there were as many connections as there may be.",
+    ),
+    gauge(
         "serin_upstream_connections",
         None,
         "Connections to endpoints, idle ones among them.",
@@ -235,6 +246,10 @@ const DEFINITIONS: &[Definition] = &[
         "serin_access_log_dropped_total",
         "Lines of the access log that could not be written.",
     ),
+    counter(
+        "serin_drain_cut_off_total",
+        "Requests and tunnels that had not ended when the process had to.",
+    ),
     gauge("serin_workers", None, "Worker threads."),
     gauge(
         "serin_build_info",
@@ -292,6 +307,7 @@ impl Metrics {
             workers,
             gauges: Mutex::default(),
             config_info: Mutex::default(),
+            has_ended: AtomicBool::new(false),
         };
         metrics
             .gauge(
@@ -357,6 +373,24 @@ impl Metrics {
     /// A level by name and labels, the same one for the same labels.
     pub fn level(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Arc<Level> {
         Arc::clone(lock(&self.gauges).entry(key(name, labels)).or_default())
+    }
+
+    /// The sum of all levels of this name.
+    pub fn sum(&self, name: &str) -> u64 {
+        let gauges = lock(&self.gauges);
+        let levels = gauges.iter().filter(|(key, _)| key.name() == name);
+        let sum: i64 = levels.map(|(_, level)| level.get()).sum();
+        u64::try_from(sum).unwrap_or(0)
+    }
+
+    /// Requests that have not ended by now are cut off by us, and not by their clients.
+    pub fn ends(&self) {
+        self.has_ended.store(true, Ordering::Relaxed);
+    }
+
+    /// True once requests are cut off.
+    pub fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::Relaxed)
     }
 
     /// The handles for requests that no route takes.

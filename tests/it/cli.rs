@@ -11,11 +11,24 @@ use crate::support::{Client, PATIENCE, Raw, Upstream, eventually, get, shop, sin
 
 fn serin(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_serin"));
+    command.args(arguments);
+    without_environment(command)
+}
+
+/// `serin` with these arguments, as the last command of a shell that does something before.
+pub(crate) fn serin_after(before: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new("sh");
     command
-        .args(arguments)
-        .env_remove("SERIN_CONFIG")
-        .env_remove("SERIN_LOG")
-        .env_remove("SERIN_LOG_FORMAT");
+        .args(["-c", &format!("{before}; exec \"$0\" \"$@\"")])
+        .arg(env!("CARGO_BIN_EXE_serin"))
+        .args(arguments);
+    without_environment(command)
+}
+
+fn without_environment(mut command: Command) -> Command {
+    for name in ["CONFIG", "LOG", "LOG_FORMAT", "TAKEOVER"] {
+        command.env_remove(format!("SERIN_{name}"));
+    }
     command
 }
 
@@ -42,8 +55,17 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start(config: &Path) -> Self {
-        let config = config.to_str().unwrap();
-        let mut child = serin(&["run", "--config", config])
+        Self::spawn(serin(&["run", "--config", config.to_str().unwrap()]))
+    }
+
+    /// As `start`, with `--takeover`.
+    pub(crate) fn take_over(config: &Path, socket: &Path) -> Self {
+        let (config, socket) = (config.to_str().unwrap(), socket.to_str().unwrap());
+        Self::spawn(serin(&["run", "--config", config, "--takeover", socket]))
+    }
+
+    pub(crate) fn spawn(mut command: Command) -> Self {
+        let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -73,6 +95,18 @@ impl Running {
         }
     }
 
+    /// Where it listens, and where its admin listener does.
+    pub(crate) fn addresses(&mut self) -> (SocketAddr, SocketAddr) {
+        let web = Self::address(&self.wait_for(" listening "), "address=");
+        let admin = Self::address(&self.wait_for("serin is up"), "admin=");
+        (web, admin)
+    }
+
+    /// Waits for its end, and returns its exit code.
+    pub(crate) fn code(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+
     /// The address after `key` in a line of the log.
     pub(crate) fn address(line: &str, key: &str) -> SocketAddr {
         let start = line.find(key).unwrap() + key.len();
@@ -84,7 +118,7 @@ impl Running {
             .unwrap()
     }
 
-    fn signal(&self, signal: &str) {
+    pub(crate) fn signal(&self, signal: &str) {
         let killed = Command::new("kill")
             .args([signal, &self.child.id().to_string()])
             .status()
