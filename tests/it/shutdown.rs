@@ -247,7 +247,7 @@ async fn a_rolling_update_under_load_fails_no_request() {
     let upstream = Upstream::start("one").await;
     let directory = tempfile::tempdir().unwrap();
     let config = directory.path().join("serin.yaml");
-    let text = "shutdown: { timeout: 60s, lameDuck: 2s }\n".to_owned();
+    let text = "shutdown: { timeout: 60s, lameDuck: 5s }\n".to_owned();
     let text = with_head(&(text + &single(upstream.address, "")));
     std::fs::write(&config, text).unwrap();
     let mut old = Running::start(&config);
