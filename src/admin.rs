@@ -8,6 +8,7 @@ pub mod view;
 
 use std::convert::Infallible;
 use std::net::TcpListener;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,15 +84,25 @@ const PATHS: [(&str, Method, Resource); 10] = [
 // === impl Admin ===
 
 impl Admin {
-    /// Serves until the thread ends.
-    pub async fn run(self, socket: TcpListener) {
-        let listener = match tokio::net::TcpListener::from_std(socket) {
+    /// Serves until the thread ends, or another process does.
+    pub async fn run(self, socket: Arc<TcpListener>) {
+        // A copy, so that it can be given on as long as it is served.
+        let listener = socket
+            .try_clone()
+            .and_then(tokio::net::TcpListener::from_std);
+        let listener = match listener {
             Ok(listener) => listener,
             Err(error) => return error!(%error, "the admin listener cannot be served"),
         };
+        let mut phase = self.phase.clone();
         let admin = Rc::new(self);
         loop {
-            match listener.accept().await {
+            let accepted = tokio::select! {
+                biased;
+                Ok(_) = phase.wait_for(|phase| *phase == Phase::Succeeded) => return,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
                 Ok((stream, _)) => drop(tokio::task::spawn_local(serve(Rc::clone(&admin), stream))),
                 Err(error) => {
                     warn!(%error, "the admin listener cannot accept");
@@ -136,7 +147,9 @@ impl Admin {
     fn readiness(&self) -> Reply {
         match *self.phase.borrow() {
             Phase::Serving => text(StatusCode::OK, "ready\n".to_owned()),
-            Phase::Draining => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n".to_owned()),
+            Phase::Leaving | Phase::Draining | Phase::Succeeded => {
+                text(StatusCode::SERVICE_UNAVAILABLE, "draining\n".to_owned())
+            }
         }
     }
 
@@ -218,11 +231,19 @@ impl Admin {
 
 async fn serve(admin: Rc<Admin>, stream: tokio::net::TcpStream) {
     let service = service_fn(|request| async { Ok::<_, Infallible>(admin.handle(request).await) });
-    let served = http1::Builder::new()
+    let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE_TIMEOUT)
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = pin!(connection);
+    let mut phase = admin.phase.clone();
+    let served = tokio::select! {
+        served = connection.as_mut() => served,
+        Ok(_) = phase.wait_for(|phase| *phase == Phase::Succeeded) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
     if let Err(error) = served {
         debug!(%error, "admin connection ended");
     }

@@ -21,24 +21,36 @@ use crate::admin::Admin;
 use crate::config::document::Path;
 use crate::config::load::Loaded;
 use crate::config::watch::{ReloadRequest, Reloader};
-use crate::config::{Problems, Workers};
+use crate::config::{Config, Problems, Shutdown, Workers};
 use crate::control::endpoints::names_of;
 use crate::control::{Change, Control, StatusBoard, Watching, problem_at};
+use crate::descriptors;
 use crate::discovery::Names;
 use crate::discovery::job::Discovery;
 use crate::discovery::resolver::resolve_all;
 use crate::health::Watch;
 use crate::health::checks::Checks;
 use crate::proxy::via::Via;
+use crate::server::Phase;
 use crate::server::acceptor::Acceptor;
+use crate::server::slots::Slots;
+use crate::server::sockets::{ADMIN, Given, Listening, Sockets};
 use crate::server::worker::WorkerHandle;
-use crate::server::{self, Phase};
 use crate::snapshot::{Live, Revision};
 use crate::telemetry::access_log::Sinks;
 use crate::telemetry::metrics::Metrics;
+use crate::upstream::Shortage;
 
 /// How often a drain looks whether it is over.
 const DRAIN_TICK: Duration = Duration::from_millis(10);
+
+/// How long threads may take to end that have nothing left to do, and how often they are looked at.
+const THREADS_LIMIT: Duration = Duration::from_secs(2);
+const THREADS_TICK: Duration = Duration::from_millis(1);
+
+/// How long a successor waits at most for sockets to be let go of: where there are as many
+/// connections as there may be, that can take longer.
+const RELEASE_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long the end of the access log may take to be written.
 const LOG_FLUSH_LIMIT: Duration = Duration::from_secs(2);
@@ -63,6 +75,8 @@ pub struct App {
     board: StatusBoard,
     metrics: Arc<Metrics>,
     sinks: Arc<Sinks>,
+    sockets: Arc<Sockets>,
+    slots: Slots,
     reload: mpsc::Sender<ReloadRequest>,
     phase: watch::Sender<Phase>,
     workers: Arc<[WorkerHandle]>,
@@ -91,13 +105,23 @@ impl App {
     ///
     /// Addresses that cannot be listened on, and threads that the operating system does not give.
     pub fn start(loaded: Loaded, follow: Follow) -> Result<Self, Problems> {
+        Self::start_on(loaded, follow, Vec::new())
+    }
+
+    /// As [`start`](Self::start), with sockets that listen already.
+    ///
+    /// # Errors
+    ///
+    /// As for [`start`](Self::start).
+    pub fn start_on(loaded: Loaded, follow: Follow, given: Vec<Given>) -> Result<Self, Problems> {
         let file = loaded.path.clone();
         let failed = |what: &str, error: io::Error| {
             Problems::whole_file(&file, format!("cannot start {what}: {error}"))
         };
         let count = worker_count(loaded.config.workers);
         let metrics = Arc::new(Metrics::new(&loaded.config.duration_buckets, count));
-        let admin_socket = bind_admin(&loaded)?;
+        let sockets = Arc::new(Sockets::new(given));
+        let admin_socket = bind_admin(&loaded, &sockets)?;
         let admin = admin_socket
             .local_addr()
             .map_err(|error| failed("the admin listener", error))?;
@@ -117,18 +141,27 @@ impl App {
             Follow::Nothing => None,
         };
 
+        let limit = connection_limit(&loaded.config, count);
         // Before anybody can connect: a client should not be told that a backend has no endpoints
         // only because nobody has asked yet.
         let found = first_names(&loaded).map_err(|error| failed("the resolver", error))?;
-        let (control, sockets) = Control::new(loaded, found, watching, Arc::clone(&metrics))?;
+        let (control, bound) = Control::new(
+            loaded,
+            found,
+            watching,
+            Arc::clone(&sockets),
+            Arc::clone(&metrics),
+        )?;
         let discovery = Discovery::new(control.wanted(), changes.clone());
+        sockets.settle();
         let (live, board, sinks) = (control.live(), control.board(), control.sinks());
         let (workers, worker_threads) =
             start_workers(count, &live, &metrics).map_err(|error| failed("the workers", error))?;
         metrics.gauge("serin_workers", &[]).set(count as f64);
-        let (acceptor, acceptor_thread) =
-            Acceptor::start(Arc::clone(&workers)).map_err(|error| failed("the acceptor", error))?;
-        for socket in sockets {
+        let slots = Slots::new(limit, &metrics);
+        let (acceptor, acceptor_thread) = Acceptor::start(Arc::clone(&workers), slots.clone())
+            .map_err(|error| failed("the acceptor", error))?;
+        for socket in bound {
             acceptor.open(socket);
         }
 
@@ -164,6 +197,8 @@ impl App {
             board,
             metrics,
             sinks,
+            sockets,
+            slots,
             reload,
             phase,
             workers,
@@ -230,32 +265,65 @@ impl App {
         outcome.await.ok()
     }
 
-    /// Stops accepting, lets requests in flight finish, and ends; the configuration says how long
-    /// that may take.
+    /// The sockets that listen now, the admin listener's among them.
+    pub fn sockets(&self) -> Vec<Listening> {
+        self.sockets.open()
+    }
+
+    /// Ends, since another process has all sockets and serves: there is no lame duck, and the admin
+    /// listener is left to that process at once. `confirm` is called when nobody is accepted here any
+    /// more.
+    pub fn give_way(self, confirm: impl FnOnce()) -> Drained {
+        let limit = self.board.load().loaded.config.shutdown.timeout;
+        info!(?limit, "another process serves now; draining");
+        let begun = Instant::now();
+        self.phase.send_replace(Phase::Succeeded);
+        while !self.sockets.open().is_empty() && begun.elapsed() < RELEASE_LIMIT {
+            std::thread::sleep(THREADS_TICK);
+        }
+        confirm();
+        self.drain(Phase::Succeeded, begun + limit)
+    }
+
+    /// Takes leave and ends; the configuration says how long that may take. Readiness fails at once,
+    /// while connections are still taken for as long as others may not have heard of it. Then
+    /// requests in flight finish.
     pub fn shut_down(self) -> Drained {
-        let limit = self.board.load().loaded.config.shutdown_timeout;
-        let deadline = Instant::now() + limit;
-        info!(limit = ?limit, "draining");
+        let begun = Instant::now();
+        let Shutdown { timeout, lame_duck } = self.board.load().loaded.config.shutdown;
+        info!(limit = ?timeout, ?lame_duck, "draining");
+        if !lame_duck.is_zero() {
+            self.phase.send_replace(Phase::Leaving);
+            std::thread::sleep(lame_duck);
+        }
+        self.drain(Phase::Draining, begun + timeout)
+    }
+
+    fn drain(self, phase: Phase, deadline: Instant) -> Drained {
         // Readiness fails, and control ends, with which its listeners close.
-        self.phase.send_replace(Phase::Draining);
+        self.phase.send_replace(phase);
         drop(self.reload);
-        join(self.acceptor_thread, "the acceptor");
         let busy = || {
-            self.workers
-                .iter()
-                .map(WorkerHandle::connections)
-                .sum::<usize>()
+            let connections = self.workers.iter().map(WorkerHandle::connections);
+            connections.sum::<usize>()
         };
-        while busy() > 0 && Instant::now() < deadline {
+        while !(self.acceptor_thread.is_finished() && busy() == 0) && Instant::now() < deadline {
             std::thread::sleep(DRAIN_TICK);
         }
+        // The acceptor may wait for one of them to end.
+        self.slots.close();
         let cut_off = busy();
+        if cut_off > 0 {
+            cut_off_all(cut_off, &self.metrics);
+        }
         drop(self.workers);
+        let limit = Instant::now() + THREADS_LIMIT;
+        finish(self.acceptor_thread, "the acceptor", limit);
         for thread in self.worker_threads {
-            join(thread, "a worker");
+            finish(thread, "a worker", limit);
         }
         drop(self.stop);
-        join(self.control_thread, "the control thread");
+        finish(self.control_thread, "the control thread", limit);
         self.sinks.flush(LOG_FLUSH_LIMIT);
         if cut_off == 0 {
             Drained::Clean
@@ -265,7 +333,33 @@ impl App {
     }
 }
 
-fn join(thread: JoinHandle<()>, what: &str) {
+/// Notes what did not end in time, before it is cut off.
+fn cut_off_all(connections: usize, metrics: &Metrics) {
+    let tunnels = metrics.sum("serin_tunnels_active");
+    // Tunnels are in flight as well.
+    let requests = metrics
+        .sum("serin_requests_in_flight")
+        .saturating_sub(tunnels);
+    warn!(
+        connections,
+        requests, tunnels, "the drain took too long; what is left is cut off"
+    );
+    for (kind, count) in [("request", requests), ("tunnel", tunnels)] {
+        let counter = metrics.counter("serin_drain_cut_off_total", &[("kind", kind)]);
+        counter.increment(count);
+    }
+    metrics.ends();
+}
+
+/// Waits for a thread that was told to end. One that cannot hear of it must not hold up the end of
+/// the process, with which it ends as well.
+fn finish(thread: JoinHandle<()>, what: &str, limit: Instant) {
+    while !thread.is_finished() {
+        if Instant::now() >= limit {
+            return warn!("{what} does not end");
+        }
+        std::thread::sleep(THREADS_TICK);
+    }
     if thread.join().is_err() {
         warn!("{what} panicked");
     }
@@ -278,8 +372,9 @@ struct ControlJobs {
     changes: (mpsc::Sender<Change>, mpsc::Receiver<Change>),
     discovery: Discovery,
     acceptor: Acceptor,
-    admin: (Admin, TcpListener),
+    admin: (Admin, Arc<TcpListener>),
     phase: watch::Receiver<Phase>,
+    /// Resolves when the process has drained.
     stopped: oneshot::Receiver<()>,
 }
 
@@ -297,7 +392,7 @@ impl ControlJobs {
             })
     }
 
-    async fn run(mut self) {
+    async fn run(self) {
         let (live, metrics) = (self.control.live(), Arc::clone(&self.admin.0.metrics));
         let watch = Watch::new(
             Arc::clone(&live),
@@ -310,10 +405,7 @@ impl ControlJobs {
         tokio::task::spawn_local(admin.run(socket));
         tokio::task::spawn_local(self.discovery.run());
         let (_sender, changes) = self.changes;
-        tokio::select! {
-            () = self.control.run(changes, self.acceptor) => {}
-            _ = self.phase.wait_for(|phase| *phase == Phase::Draining) => {}
-        }
+        self.control.run(changes, self.acceptor, self.phase).await;
         // Probes and metrics are served to the end of the drain; the sender's end is a drop.
         let _ = self.stopped.await;
     }
@@ -340,9 +432,12 @@ type Workforce = (Arc<[WorkerHandle]>, Vec<JoinHandle<()>>);
 
 fn start_workers(count: usize, live: &Arc<Live>, metrics: &Arc<Metrics>) -> io::Result<Workforce> {
     let via = Via::new(fastrand::u32(..));
-    let started: io::Result<Vec<_>> = (0..count)
-        .map(|index| WorkerHandle::start(index, Arc::clone(live), Arc::clone(metrics), via.clone()))
-        .collect();
+    let shortage = Shortage::default();
+    let start = |index| {
+        let (live, metrics) = (Arc::clone(live), Arc::clone(metrics));
+        WorkerHandle::start(index, live, metrics, via.clone(), shortage.clone())
+    };
+    let started: io::Result<Vec<_>> = (0..count).map(start).collect();
     let (handles, threads): (Vec<_>, Vec<_>) = started?.into_iter().unzip();
     Ok((handles.into(), threads))
 }
@@ -354,9 +449,28 @@ fn worker_count(workers: Workers) -> usize {
     }
 }
 
-fn bind_admin(loaded: &Loaded) -> Result<TcpListener, Problems> {
+/// How many connections clients may have: what the configuration says, as far as there are file
+/// descriptors.
+fn connection_limit(config: &Config, workers: usize) -> usize {
+    let (descriptors, listeners) = (descriptors::limit(), config.listeners.len());
+    let most = descriptors::most_connections(descriptors, workers, listeners);
+    match config.max_connections {
+        None => descriptors::default_connections(descriptors, workers, listeners),
+        Some(max) if max > most => {
+            warn!(
+                max,
+                descriptors, most, "there are too few file descriptors for `connections.max`"
+            );
+            most
+        }
+        Some(max) => max,
+    }
+}
+
+fn bind_admin(loaded: &Loaded, sockets: &Sockets) -> Result<Arc<TcpListener>, Problems> {
     let address = loaded.config.admin;
-    server::listen(address).map_err(|error| {
+    let listening = sockets.listen(&ADMIN.into(), address);
+    listening.map_err(|error| {
         let at = Path::default().key("admin").key("address");
         let message = format!("cannot listen on `{address}` for the admin API: {error}");
         let source = &loaded.warnings.source;

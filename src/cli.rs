@@ -47,6 +47,12 @@ pub struct Run {
     /// The configuration file.
     #[arg(long, short, env = "SERIN_CONFIG", value_name = "FILE")]
     pub config: PathBuf,
+
+    /// Take over from the process that listens at this Unix socket, if there is one: it gives its
+    /// listening sockets, and leaves when this process is ready. Then this one listens there for its
+    /// own successor.
+    #[arg(long, env = "SERIN_TAKEOVER", value_name = "PATH")]
+    pub takeover: Option<PathBuf>,
 }
 
 /// Check a configuration file.

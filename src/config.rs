@@ -56,8 +56,10 @@ pub struct Config {
     pub admin: SocketAddr,
     /// How many worker threads there are.
     pub workers: Workers,
-    /// How long requests in flight may take to finish on SIGTERM.
-    pub shutdown_timeout: Duration,
+    /// How many connections clients may have; `None` where the file descriptors decide.
+    pub max_connections: Option<usize>,
+    /// How the process ends on SIGTERM.
+    pub shutdown: Shutdown,
     /// How many requests are served at a time.
     pub overload: Overload,
     /// Upper bounds of the latency histograms in seconds.
@@ -72,6 +74,15 @@ pub struct Config {
     pub user_lists: Vec<UserList>,
     /// The routes in the order of the file.
     pub routes: Vec<Route>,
+}
+
+/// How the process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shutdown {
+    /// How long it may take in all.
+    pub timeout: Duration,
+    /// How long of that connections are still taken, and told to come again elsewhere.
+    pub lame_duck: Duration,
 }
 
 /// A socket that takes requests.

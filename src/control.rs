@@ -23,7 +23,8 @@ use crate::discovery::job::Wanted;
 use crate::discovery::{DnsName, Names, Resolution};
 use crate::routing::UserList;
 use crate::server::acceptor::Acceptor;
-use crate::server::{self, BoundSocket, DrainingListener, OpenListener};
+use crate::server::sockets::Sockets;
+use crate::server::{self, BoundSocket, DrainingListener, OpenListener, Phase};
 use crate::snapshot::{Live, Living, Revision, Snapshot, compile};
 use crate::telemetry::access_log::{AccessLog, Output, Sinks};
 use crate::telemetry::metrics::Metrics;
@@ -115,6 +116,9 @@ pub struct Control {
     listeners: Vec<OpenListener>,
     /// Those that are no longer configured, until their last connection has ended.
     draining: Vec<DrainingListener>,
+    /// What new listeners begin with.
+    phase: Phase,
+    sockets: Arc<Sockets>,
     access_log: Option<Arc<AccessLog>>,
     sinks: Arc<Sinks>,
     /// What the process started with and cannot change.
@@ -141,6 +145,7 @@ const LIST_GAUGES: [&str; 5] = [
 struct Fixed {
     workers: Workers,
     admin: std::net::SocketAddr,
+    max_connections: Option<usize>,
     duration_buckets: Vec<f64>,
 }
 
@@ -157,14 +162,17 @@ impl Control {
         loaded: Loaded,
         found: Names,
         watching: Watching,
+        sockets: Arc<Sockets>,
         metrics: Arc<Metrics>,
     ) -> Result<(Self, Vec<BoundSocket>), Problems> {
-        let (listeners, sockets) = bind_new(&loaded, &[], &metrics)?;
+        let phase = Phase::Serving;
+        let (listeners, bound) = bind_new(&loaded, &[], phase, &sockets, &metrics)?;
         let sinks = Sinks::new(&metrics);
         let access_log = open_log(&loaded, None, &sinks)?;
         let fixed = Fixed {
             workers: loaded.config.workers,
             admin: loaded.config.admin,
+            max_connections: loaded.config.max_connections,
             duration_buckets: loaded.config.duration_buckets.clone(),
         };
         let mut living = Living::default();
@@ -208,13 +216,15 @@ impl Control {
                 living,
                 listeners,
                 draining: Vec::new(),
+                phase,
+                sockets,
                 access_log,
                 sinks,
                 fixed,
                 board,
                 wanted,
             },
-            sockets,
+            bound,
         ))
     }
 
@@ -243,9 +253,14 @@ impl Control {
         self.wanted.subscribe()
     }
 
-    /// Takes changes until nobody can send any; then the listeners close.
-    pub async fn run(mut self, mut changes: mpsc::Receiver<Change>, acceptor: Acceptor) {
-        while let Some(change) = changes.recv().await {
+    /// Takes changes until nobody can send any, or the process drains; then the listeners close.
+    pub async fn run(
+        mut self,
+        mut changes: mpsc::Receiver<Change>,
+        acceptor: Acceptor,
+        mut phase: watch::Receiver<Phase>,
+    ) {
+        while let Some(change) = self.next(&mut changes, &mut phase).await {
             match change {
                 Change::Config {
                     loaded,
@@ -289,13 +304,37 @@ impl Control {
         }
     }
 
+    /// The next change; `None` when the process drains.
+    async fn next(
+        &mut self,
+        changes: &mut mpsc::Receiver<Change>,
+        phase: &mut watch::Receiver<Phase>,
+    ) -> Option<Change> {
+        loop {
+            tokio::select! {
+                biased;
+                // The sender's end is a drop, which says the same as `Draining`.
+                moved = phase.changed() => {
+                    moved.ok()?;
+                    self.phase = *phase.borrow_and_update();
+                    if self.phase >= Phase::Draining {
+                        return None;
+                    }
+                    self.listeners.iter().for_each(OpenListener::leave);
+                }
+                change = changes.recv() => return change,
+            }
+        }
+    }
+
     fn take_over(
         &mut self,
         loaded: Loaded,
         found: Names,
         acceptor: &Acceptor,
     ) -> Result<Revision, Problems> {
-        let (opened, sockets) = bind_new(&loaded, &self.listeners, &self.metrics)?;
+        let (phase, sockets) = (self.phase, &self.sockets);
+        let (opened, bound) = bind_new(&loaded, &self.listeners, phase, sockets, &self.metrics)?;
         self.access_log = open_log(&loaded, self.access_log.as_ref(), &self.sinks)?;
         let (mut kept, closed): (Vec<_>, Vec<_>) = std::mem::take(&mut self.listeners)
             .into_iter()
@@ -318,7 +357,7 @@ impl Control {
         let names = self.known_names(&loaded, found);
         let revision = self.publish(&loaded, &names);
         self.want(&loaded, &names);
-        for socket in sockets {
+        for socket in bound {
             acceptor.open(socket);
         }
 
@@ -459,6 +498,10 @@ impl Fixed {
             (self.workers != config.workers, "workers"),
             (self.admin != config.admin, "admin.address"),
             (
+                self.max_connections != config.max_connections,
+                "connections.max",
+            ),
+            (
                 self.duration_buckets != config.duration_buckets,
                 "telemetry.durationBuckets",
             ),
@@ -507,6 +550,8 @@ fn same_endpoints(before: &Loaded, after: &Loaded, path: &FilePath) -> bool {
 fn bind_new(
     loaded: &Loaded,
     open: &[OpenListener],
+    phase: Phase,
+    sockets: &Sockets,
     metrics: &Metrics,
 ) -> Result<(Vec<OpenListener>, Vec<BoundSocket>), Problems> {
     let mut bound = Vec::new();
@@ -515,7 +560,7 @@ fn bind_new(
         if open.iter().any(|open| open.serves(listener)) {
             continue;
         }
-        match server::bind(listener.address, &listener.name, metrics) {
+        match server::bind(listener.address, &listener.name, phase, sockets, metrics) {
             Ok(pair) => bound.push(pair),
             Err(error) => {
                 let at = Path::default()

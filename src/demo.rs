@@ -25,7 +25,7 @@ use crate::config::Problems;
 use crate::config::load::{Loaded, load, load_list, load_text};
 use crate::config::watch::POLL_INTERVAL;
 use crate::discovery::Locator;
-use crate::server;
+use crate::server::sockets;
 
 use table::Table;
 use upstreams::Behaviour;
@@ -57,7 +57,7 @@ pub fn run(options: &Demo, screen: &mut Screen<'_>) -> Result<(), Problems> {
                 .into_iter()
                 .map(move |address| (address, behaviour))
         })
-        .map(|(address, behaviour)| match server::listen(address) {
+        .map(|(address, behaviour)| match sockets::listen(address) {
             Ok(socket) => Ok((socket, behaviour)),
             Err(error) => Err(Problems::whole_file(
                 &loaded.path,

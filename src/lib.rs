@@ -15,7 +15,8 @@
 //! * [`snapshot`], [`control`]: what requests are served by, and the only place that replaces it;
 //! * [`server`], [`admin`]: where clients and operators come in;
 //! * [`telemetry`], [`explain`]: what operators see;
-//! * [`app`]: where all of it is put together; [`cli`], [`demo`]: what runs it.
+//! * [`app`]: where all of it is put together; [`cli`], [`demo`]: what runs it;
+//! * [`takeover`], [`systemd`], [`descriptors`]: the process among others.
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the lexicon.
 
@@ -26,6 +27,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod demo;
+pub mod descriptors;
 pub mod discovery;
 pub mod explain;
 pub mod filter;
@@ -37,6 +39,8 @@ pub mod routing;
 pub mod server;
 pub mod snapshot;
 pub mod stream;
+pub mod systemd;
+pub mod takeover;
 pub mod telemetry;
 pub mod tls;
 pub mod transcode;

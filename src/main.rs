@@ -2,6 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
+use std::pin::pin;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -14,11 +15,15 @@ use serin::config::load::{Loaded, load, load_list};
 use serin::config::watch::POLL_INTERVAL;
 use serin::control::offline_snapshot;
 use serin::demo::{self, Screen};
+use serin::descriptors;
 use serin::explain::{Question, explain};
+use serin::server::sockets::Given;
 use serin::snapshot::Snapshot;
+use serin::systemd;
+use serin::takeover::{self, Post, Predecessor, Successor, TakeoverError};
 use serin::telemetry::process_log::ProcessLog;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
 
 // glibc's allocator gives the memory of a replaced user list back late, and musl's is slow.
@@ -58,6 +63,8 @@ fn run_proxy(run: &cli::Run) -> ExitCode {
         Ok(signals) => signals,
         Err(error) => return fail(USAGE, &format!("error: signals cannot be handled: {error}")),
     };
+    let mut given = systemd::sockets();
+    descriptors::raise();
     let loaded = match load_or_fail(&run.config) {
         Ok(loaded) => loaded,
         Err(code) => return code,
@@ -65,15 +72,52 @@ fn run_proxy(run: &cli::Run) -> ExitCode {
     for warning in &loaded.warnings.problems {
         warn!("{}:{warning}", loaded.path.display());
     }
-    match App::start(
-        loaded,
-        Follow::Files {
-            poll: POLL_INTERVAL,
-        },
-    ) {
-        Ok(app) => signals.run_until_told(app),
-        Err(problems) => fail_with(&problems),
+    let succession = match run.takeover.as_deref().map(Succession::begin).transpose() {
+        Ok(succession) => succession.unwrap_or_default(),
+        Err(error) => return fail(USAGE, &format!("error: {error}")),
+    };
+    given.extend(succession.given);
+    let follow = Follow::Files {
+        poll: POLL_INTERVAL,
+    };
+    let app = match App::start_on(loaded, follow, given) {
+        Ok(app) => app,
+        Err(problems) => return fail_with(&problems),
+    };
+    // Only now the predecessor lets go: whatever went wrong before has changed nothing for it.
+    if let Some(predecessor) = succession.predecessor {
+        predecessor.relieve();
     }
+    systemd::notify(systemd::State::Ready);
+    signals.run_until_told(app, succession.post)
+}
+
+/// What comes before and after this process.
+#[derive(Default)]
+struct Succession {
+    predecessor: Option<Predecessor>,
+    given: Vec<Given>,
+    post: Option<Post>,
+}
+
+impl Succession {
+    fn begin(path: &Path) -> Result<Self, TakeoverError> {
+        let found = Predecessor::find(path)?;
+        let (predecessor, given) = found.unzip();
+        Ok(Self {
+            predecessor,
+            given: given.unwrap_or_default(),
+            post: Some(Post::prepare(path)?),
+        })
+    }
+}
+
+/// Why a running proxy ends.
+enum End {
+    /// It was told to.
+    Told,
+    /// Another process serves in its place.
+    Succeeded(Successor),
 }
 
 /// The signals that steer a running proxy.
@@ -111,9 +155,9 @@ impl Signals {
         })
     }
 
-    /// Lives until SIGTERM or SIGINT; reloads at SIGHUP, and opens the access log anew at SIGUSR1. A
-    /// second signal to end does so at once.
-    fn run_until_told(self, app: App) -> ExitCode {
+    /// Lives until SIGTERM or SIGINT, or until a successor serves; reloads at SIGHUP, and opens the
+    /// access log anew at SIGUSR1. A second signal to end does so at once.
+    fn run_until_told(self, app: App, post: Option<Post>) -> ExitCode {
         let Self {
             runtime,
             mut terminate,
@@ -123,18 +167,30 @@ impl Signals {
             _file_size,
         } = self;
         let sinks = app.sinks();
-        runtime.block_on(async {
+        let end = runtime.block_on(async {
+            let open = post.and_then(opened);
+            let mut succeeded = pin!(succeeded(open, &app));
             loop {
                 tokio::select! {
-                    _ = terminate.recv() => break,
-                    _ = interrupt.recv() => break,
+                    _ = terminate.recv() => break End::Told,
+                    _ = interrupt.recv() => break End::Told,
+                    successor = succeeded.as_mut() => break End::Succeeded(successor),
                     _ = hangup.recv() => app.request_reload(),
                     _ = reopen.recv() => sinks.reopen(),
                 }
             }
         });
         let (sender, drained) = tokio::sync::oneshot::channel();
-        std::thread::spawn(move || sender.send(app.shut_down()));
+        std::thread::spawn(move || {
+            let drained = match end {
+                End::Told => {
+                    systemd::notify(systemd::State::Stopping);
+                    app.shut_down()
+                }
+                End::Succeeded(successor) => app.give_way(|| successor.confirm()),
+            };
+            sender.send(drained)
+        });
         let reopening = async {
             while reopen.recv().await.is_some() {
                 sinks.reopen();
@@ -144,9 +200,8 @@ impl Signals {
             tokio::select! {
                 outcome = drained => match outcome {
                     Ok(Drained::Clean) => info!("drained"),
-                    Ok(Drained::CutOff(connections)) => {
-                        warn!(connections, "the drain took too long; connections were cut off");
-                    }
+                    // The app has said so.
+                    Ok(Drained::CutOff(_)) => {}
                     Err(_) => return fail(FAULT, "error: the drain panicked"),
                 },
                 _ = terminate.recv() => std::process::exit(143),
@@ -155,6 +210,21 @@ impl Signals {
             }
             ExitCode::SUCCESS
         })
+    }
+}
+
+/// Where a successor finds this process. Without it the process serves all the same.
+fn opened(post: Post) -> Option<takeover::Open> {
+    post.open()
+        .inspect_err(|error| error!(%error, "no successor can take over"))
+        .ok()
+}
+
+/// Waits until another process serves in place of this one.
+async fn succeeded(open: Option<takeover::Open>, app: &App) -> Successor {
+    match open {
+        Some(open) => open.succeeded(|| app.sockets()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -9,6 +9,8 @@
 pub mod acceptor;
 mod conduct;
 mod connection;
+pub mod slots;
+pub mod sockets;
 mod streams;
 pub mod worker;
 
@@ -17,22 +19,28 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::watch;
 
 use crate::snapshot::{Listener, Snapshot};
 use crate::telemetry::metrics::{Level, Metrics};
 
+use sockets::Sockets;
+
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 4096;
 
-/// Where a listener is in its life; the end of the sender says `Draining` as well.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where a listener is in its life, in this order; the end of the sender says `Draining` as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// It takes connections.
     Serving,
+    /// It still takes connections, of those who have not heard yet that it is about to go (lame duck);
+    /// each ends with the first request that it serves from now on.
+    Leaving,
     /// It takes none any more; those it has end with the request they are serving.
     Draining,
+    /// The same, and another process has its socket.
+    Succeeded,
 }
 
 /// An open listener as its owner sees it; dropped, it drains.
@@ -60,14 +68,14 @@ pub struct DrainingListener {
 /// A bound socket on its way to the acceptor.
 #[derive(Debug)]
 pub struct BoundSocket {
-    socket: TcpListener,
+    socket: Arc<TcpListener>,
     bound: SocketAddr,
     name: Arc<str>,
     active: Arc<ArcSwap<Level>>,
     phase: watch::Receiver<Phase>,
 }
 
-/// Binds a listener. It accepts nothing until it is handed to the acceptor.
+/// Opens a listener. It accepts nothing until it is handed to the acceptor.
 ///
 /// # Errors
 ///
@@ -75,12 +83,14 @@ pub struct BoundSocket {
 pub fn bind(
     configured: SocketAddr,
     name: &Arc<str>,
+    phase: Phase,
+    sockets: &Sockets,
     metrics: &Metrics,
 ) -> io::Result<(OpenListener, BoundSocket)> {
-    let socket = listen(configured)?;
+    let socket = sockets.listen(name, configured)?;
     let bound = socket.local_addr()?;
     let active = Arc::new(ArcSwap::new(level(name, metrics)));
-    let (sender, phase) = watch::channel(Phase::Serving);
+    let (sender, phase) = watch::channel(phase);
     let open = OpenListener {
         configured,
         bound,
@@ -114,6 +124,11 @@ impl OpenListener {
         }
     }
 
+    /// Goes on taking connections, which are told to come again elsewhere.
+    pub fn leave(&self) {
+        self.phase.send_replace(Phase::Leaving);
+    }
+
     /// Begins its drain. `None` when `snapshot` does not know it.
     pub fn drain(self, snapshot: &Snapshot) -> Option<DrainingListener> {
         self.phase.send_replace(Phase::Draining);
@@ -129,23 +144,4 @@ impl DrainingListener {
     pub fn has_connections(&self) -> bool {
         !self.phase.is_closed()
     }
-}
-
-/// A socket that listens, without blocking.
-///
-/// # Errors
-///
-/// Whatever the operating system has against the address.
-pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::STREAM,
-        Some(Protocol::TCP),
-    )?;
-    // A restarted proxy must not wait for connections of the old one to leave TIME_WAIT.
-    socket.set_reuse_address(true)?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
 }

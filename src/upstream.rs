@@ -12,6 +12,7 @@ pub mod probe;
 mod room;
 mod shape;
 mod shared;
+mod shortage;
 
 use std::cell::RefCell;
 use std::fmt;
@@ -37,6 +38,7 @@ use crate::telemetry::metrics::{Level, Metrics};
 use connect::{Connected, connect};
 use room::{Place, Room};
 use shared::{Claim, Opening, Shared};
+pub use shortage::Shortage;
 
 /// The connections of one worker.
 #[derive(Debug)]
@@ -45,6 +47,7 @@ pub struct Pools<B> {
     /// How many connections there are to the endpoints of each backend.
     rooms: RefCell<HashMap<Arc<str>, Rc<Room>>>,
     metrics: Arc<Metrics>,
+    shortage: Shortage,
 }
 
 /// The connections to one endpoint.
@@ -185,11 +188,12 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     /// No connections yet.
-    pub fn new(metrics: Arc<Metrics>) -> Rc<Self> {
+    pub fn new(metrics: Arc<Metrics>, shortage: Shortage) -> Rc<Self> {
         Rc::new(Self {
             pools: RefCell::default(),
             rooms: RefCell::default(),
             metrics,
+            shortage,
         })
     }
 
@@ -399,7 +403,11 @@ where
         place: Place,
     ) -> Result<Connection<B>, SendError> {
         let (level, opening) = self.begin_opening(to);
+        let room = Rc::clone(place.room());
         let connected = connect(&to, (level.up(), Some(place))).await;
+        // Its place has just become free.
+        let again = async || connect(&to, (level.up(), room.take(usize::MAX))).await;
+        let connected = self.shortage.retry(connected, again).await;
         if let (Some(opening), Err(error)) = (&opening, &connected) {
             opening.opening.fail(error);
         }
@@ -454,6 +462,12 @@ where
             }
         });
         (Arc::clone(&pool.level), opener)
+    }
+
+    /// Closes all connections of HTTP/1.1 that nobody uses.
+    pub fn let_go(&self) {
+        let mut pools = self.pools.borrow_mut();
+        pools.values_mut().for_each(|pool| pool.idle.clear());
     }
 
     /// Keeps a connection for later, unless there are enough, its endpoint is gone, or connections

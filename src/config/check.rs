@@ -9,6 +9,7 @@ mod filters;
 mod gray;
 mod limit;
 mod listener;
+mod process;
 mod resilience;
 mod route;
 mod transport;
@@ -110,7 +111,6 @@ struct Names {
     unresolved: bool,
 }
 
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(25);
 const ADMIN_ADDRESS: &str = "127.0.0.1:9901";
 
 // === impl Checker ===
@@ -126,12 +126,8 @@ impl Checker<'_> {
             value::socket_address,
         );
         let listeners = self.listeners(file, admin, &root.key("listeners"));
-        let shutdown = root.key("shutdown").key("timeout");
-        let shutdown_timeout = self.duration(
-            file.shutdown.timeout.as_deref(),
-            SHUTDOWN_TIMEOUT,
-            &shutdown,
-        );
+        let max_connections = self.max_connections(&file.connections, &root.key("connections"));
+        let shutdown = self.shutdown(&file.shutdown, &root.key("shutdown"));
         let duration_buckets = self.buckets(file.telemetry.duration_buckets.as_deref(), &root);
         let access_log = self.access_log(file.access_log.as_ref(), &root.key("accessLog"));
         let dns = self.dns(&file.dns, &root.key("dns"));
@@ -191,7 +187,8 @@ impl Checker<'_> {
             listeners: listeners?,
             admin: admin?,
             workers: file.workers,
-            shutdown_timeout: shutdown_timeout?,
+            max_connections: max_connections?,
+            shutdown: shutdown?,
             overload: Overload {
                 in_flight: limit::in_flight(&file.overload),
             },

@@ -60,6 +60,9 @@ pub struct ConfigFile {
     /// Worker threads: `auto` (one per core) or a number. A change needs a restart.
     #[serde(default)]
     pub workers: Workers,
+    /// How many clients may be connected.
+    #[serde(default)]
+    pub connections: Connections,
     /// What happens on SIGTERM.
     #[serde(default)]
     pub shutdown: Shutdown,
@@ -108,14 +111,31 @@ pub enum Workers {
     Exactly(u16),
 }
 
+/// How many clients may be connected.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Connections {
+    /// Connections of clients at a time, on all listeners together; others wait until one ends
+    /// (default: half of the file descriptors that the process does not need otherwise). A change
+    /// needs a restart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub max: Option<u32>,
+}
+
 /// What happens on SIGTERM.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Shutdown {
-    /// How long requests in flight may take to finish (default 25s).
+    /// How long it may take until the process ends (default 25s).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("pattern" = DURATION_PATTERN))]
     pub timeout: Option<String>,
+    /// How long, as a part of that, connections are still taken, and told to come again elsewhere
+    /// (default 5s, or half of `timeout` if that is shorter).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = DURATION_PATTERN))]
+    pub lame_duck: Option<String>,
 }
 
 /// What is measured, and how finely.

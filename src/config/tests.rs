@@ -60,6 +60,24 @@ fn yaml_files(directory: &str) -> Vec<PathBuf> {
 }
 
 #[test]
+fn the_lame_duck_leaves_half_of_the_time_for_requests_unless_the_file_says_otherwise() {
+    for (shutdown, timeout, lame_duck) in [
+        ("{}", 25_000, 5_000),
+        ("{ timeout: 1s }", 1_000, 500),
+        ("{ timeout: 1s, lameDuck: 1s }", 1_000, 1_000),
+        ("{ lameDuck: 0s }", 25_000, 0),
+    ] {
+        let text = format!(
+            "listeners: [ {{ name: web, address: '127.0.0.1:0' }} ]\nroutes: []\nshutdown: {shutdown}\n"
+        );
+        let loaded = load_text(Path::new("serin.yaml"), &text, &mut load_list);
+        let shutdown = loaded.unwrap().config.shutdown;
+        let found = [shutdown.timeout, shutdown.lame_duck].map(|time| time.as_millis());
+        assert_eq!(found, [timeout, lame_duck]);
+    }
+}
+
+#[test]
 fn problems_are_said_as_the_golden_files_say() {
     for file in yaml_files("tests/data/problems") {
         let problems = match load(&file, &mut load_list) {

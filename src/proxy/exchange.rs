@@ -25,6 +25,9 @@ use super::translate::Translation;
 /// What the access log says of a client that went away before it had its whole response.
 const CLIENT_GONE: &str = "client_gone";
 
+/// What it says of a request that had not ended when the process had to.
+const CUT_OFF: &str = "cut_off";
+
 /// Counts and logs one request, whatever becomes of it: it is finished by being dropped, with its
 /// response or without.
 #[derive(Debug)]
@@ -527,7 +530,10 @@ impl Drop for Exchange {
                 entry.text("grpc_status", grpc.as_str());
             }
             if !self.ended {
-                entry.error.get_or_insert(CLIENT_GONE);
+                let ours = self.metrics.all.has_ended();
+                entry
+                    .error
+                    .get_or_insert(if ours { CUT_OFF } else { CLIENT_GONE });
             }
             let body = self.request_body.as_ref().map_or(0, Progress::bytes);
             let bytes_in = body + self.tunnel.as_ref().map_or(0, |tunnel| tunnel.bytes_in);

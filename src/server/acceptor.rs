@@ -1,7 +1,7 @@
 //! Accepts the connections of all listeners and gives each to the worker that has the fewest.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use tracing::{debug, info, warn};
 
 use crate::telemetry::metrics::Level;
 
+use super::slots::{Slot, Slots};
 use super::worker::{Accepted, WorkerHandle};
 use super::{BACKLOG, BoundSocket, Phase};
 
@@ -29,6 +30,8 @@ pub struct Acceptor {
 /// One listener's task.
 struct Accepting {
     socket: TcpListener,
+    /// The same one, which can be given on for as long as it is held.
+    shared: Arc<std::net::TcpListener>,
     phase: watch::Receiver<Phase>,
     listener: Listener,
 }
@@ -39,6 +42,7 @@ struct Listener {
     phase: watch::Receiver<Phase>,
     active: Arc<ArcSwap<Level>>,
     workers: Arc<[WorkerHandle]>,
+    slots: Slots,
 }
 
 // === impl Acceptor ===
@@ -49,7 +53,7 @@ impl Acceptor {
     /// # Errors
     ///
     /// When the operating system gives no thread or no reactor.
-    pub fn start(workers: Arc<[WorkerHandle]>) -> io::Result<(Self, JoinHandle<()>)> {
+    pub fn start(workers: Arc<[WorkerHandle]>, slots: Slots) -> io::Result<(Self, JoinHandle<()>)> {
         let (sender, mut sockets) = mpsc::unbounded_channel();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -58,7 +62,7 @@ impl Acceptor {
             let local = tokio::task::LocalSet::new();
             local.spawn_local(async move {
                 while let Some(bound) = sockets.recv().await {
-                    match Accepting::new(bound, Arc::clone(&workers)) {
+                    match Accepting::new(bound, Arc::clone(&workers), slots.clone()) {
                         Ok(accepting) => drop(tokio::task::spawn_local(accepting.run())),
                         Err(error) => warn!(%error, "a listener cannot be watched for connections"),
                     }
@@ -83,7 +87,7 @@ impl Acceptor {
 // === impl Accepting ===
 
 impl Accepting {
-    fn new(bound: BoundSocket, workers: Arc<[WorkerHandle]>) -> io::Result<Self> {
+    fn new(bound: BoundSocket, workers: Arc<[WorkerHandle]>, slots: Slots) -> io::Result<Self> {
         let BoundSocket {
             socket,
             bound,
@@ -93,13 +97,15 @@ impl Accepting {
         } = bound;
         info!(listener = %name, address = %bound, "listening");
         Ok(Self {
-            socket: TcpListener::from_std(socket)?,
+            socket: TcpListener::from_std(socket.try_clone()?)?,
+            shared: socket,
             phase: phase.clone(),
             listener: Listener {
                 bound,
                 phase,
                 active,
                 workers,
+                slots,
             },
         })
     }
@@ -109,22 +115,21 @@ impl Accepting {
             let accepted = tokio::select! {
                 // The drain first: nobody who keeps connecting can put it off.
                 biased;
-                _ = self.phase.wait_for(|phase| *phase == Phase::Draining) => break,
+                _ = self.phase.wait_for(|phase| *phase >= Phase::Draining) => break,
                 accepted = self.socket.accept() => accepted,
             };
             match accepted {
                 // The worker registers the connection with its own reactor; it must leave this one's.
                 Ok((stream, peer)) => match stream.into_std() {
-                    Ok(stream) => self.listener.hand_over(stream, peer),
+                    Ok(stream) => self.listener.admit(stream, peer).await,
                     Err(error) => debug!(%error, "connection was gone before it was served"),
                 },
                 Err(error) => self.rest_after(&error).await,
             }
         }
-        match self.socket.into_std() {
-            Ok(socket) => self.listener.empty_backlog(&socket),
-            Err(error) => warn!(%error, "queued connections are lost"),
-        }
+        // The reactor has no use for it any more.
+        drop(self.socket);
+        self.listener.empty_backlog(&self.shared).await;
         info!(address = %self.listener.bound, "no longer listening");
     }
 
@@ -143,17 +148,26 @@ impl Accepting {
 impl Listener {
     /// Takes what was queued when the drain began: the kernel would reset those connections. The
     /// socket itself is asked, since the reactor may not have heard of the last ones yet.
-    fn empty_backlog(&self, socket: &std::net::TcpListener) {
+    async fn empty_backlog(&self, socket: &std::net::TcpListener) {
         for _ in 0..BACKLOG {
             match socket.accept() {
-                Ok((stream, peer)) => self.hand_over(stream, peer),
+                Ok((stream, peer)) => self.admit(stream, peer).await,
                 Err(error) if has_left(&error) => {}
                 Err(_) => break,
             }
         }
     }
 
-    fn hand_over(&self, stream: std::net::TcpStream, address: SocketAddr) {
+    /// Waits for a place: nobody else is accepted meanwhile. Also in a drain, when those that are
+    /// served end soon, and make room.
+    async fn admit(&self, stream: TcpStream, address: SocketAddr) {
+        match self.slots.take().await {
+            Some(slot) => self.hand_over(stream, address, slot),
+            None => warn!(peer = %address, "a connection is lost: the process ends"),
+        }
+    }
+
+    fn hand_over(&self, stream: TcpStream, address: SocketAddr, slot: Slot) {
         let Some(worker) = self
             .workers
             .iter()
@@ -172,6 +186,7 @@ impl Listener {
             address,
             phase: self.phase.clone(),
             active: self.active.load().up(),
+            slot,
         });
     }
 }

@@ -91,8 +91,9 @@ pub(super) async fn serve(proxy: Rc<Proxy>, accepted: Accepted, serving: Serving
         address,
         phase,
         active,
+        slot,
     } = accepted;
-    let mut peer = Peer::new(listener, address, Rc::new((serving, active)));
+    let mut peer = Peer::new(listener, address, Rc::new((serving, active, slot)));
     let Some(listener) = proxy.live().current().listener(peer.listener).cloned() else {
         return debug!(listener = %peer.listener, "a connection came through a listener that is gone");
     };
@@ -209,15 +210,15 @@ async fn serve_http1(
     settings: &config::Listener,
 ) -> hyper::Result<()> {
     let conduct = Conduct::new(settings.timeouts, true, ready.timeout);
-    let draining = Cell::new(false);
+    let leaving = Cell::new(false);
     let service = service_fn(|request: http::Request<hyper::body::Incoming>| {
         let busy = conduct.begin(!request.body().is_end_stream());
-        let (proxy, draining, conduct) = (&*proxy, &draining, &conduct);
+        let (proxy, leaving, conduct) = (&*proxy, &leaving, &conduct);
         async move {
             let mut response = proxy.handle(peer, request).await;
             if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                 conduct.becomes_tunnel();
-            } else if draining.get() {
+            } else if leaving.get() {
                 // With this hyper closes the connection after the response.
                 response
                     .headers_mut()
@@ -241,7 +242,7 @@ async fn serve_http1(
     let stream = Watched::new(ready.stream, Arc::clone(&conduct));
     let connection = builder.serve_connection(stream, service);
     let mut connection = pin!(connection.with_upgrades());
-    match until_drained(connection.as_mut(), phase, &draining, &conduct).await {
+    match until_drained(connection.as_mut(), phase, &leaving, &conduct).await {
         Parting::Over(ended) => ended,
         Parting::Due => {
             // Closes an idle connection now, and another one after its response.
@@ -255,17 +256,20 @@ async fn serve_http2(
     proxy: Rc<Proxy>,
     peer: Rc<Peer>,
     ready: Ready,
-    mut phase: watch::Receiver<Phase>,
+    phase: watch::Receiver<Phase>,
     settings: &config::Listener,
 ) -> hyper::Result<()> {
     let conduct = Conduct::new(settings.timeouts, false, ready.timeout);
+    let is_asked = Rc::new(Cell::new(false));
     let guards = Rc::clone(&peer.guards);
     let executor = StreamExecutor::new(proxy.timer().0, settings.timeouts.write);
     let builder = http2_builder(executor.clone(), &settings.http2, settings.limits);
     let watched = Watched::new(ready.stream, Arc::clone(&conduct));
     let counted = Arc::clone(&conduct);
+    let asked = Rc::clone(&is_asked);
     let service = service_fn(move |request: http::Request<hyper::body::Incoming>| {
         let busy = counted.begin(false);
+        asked.set(true);
         let clock = executor.next_stream();
         let (proxy, peer) = (Rc::clone(&proxy), Rc::clone(&peer));
         // Boxed: a stream is moved a few times before it runs.
@@ -281,8 +285,7 @@ async fn serve_http2(
         let mut watched = pin!(until_outlasted(connection.as_mut(), &conduct, has_tunnels));
         tokio::select! {
             biased;
-            // The sender's end is a drop, which says the same as `Draining`.
-            _ = phase.wait_for(|phase| *phase == Phase::Draining) => Parting::Due,
+            () = until_farewell(phase, &is_asked) => Parting::Due,
             parting = watched.as_mut() => parting,
         }
     };
@@ -314,19 +317,20 @@ fn http2_builder(
     builder
 }
 
-/// Serves a connection until it ends, or has to: when the process drains, `draining` is set at once,
-/// and the connection has to end a grace later.
+/// Serves a connection until it ends, or has to: when the process is about to end, `leaving` is set at
+/// once, and once it drains, the connection has to end a grace later.
 async fn until_drained<C: Future<Output = hyper::Result<()>>>(
     mut connection: Pin<&mut C>,
     mut phase: watch::Receiver<Phase>,
-    draining: &Cell<bool>,
+    leaving: &Cell<bool>,
     conduct: &Conduct,
 ) -> Parting {
     let told = phase.clone();
     let drain = async {
         // The sender's end is a drop, which says the same as `Draining`.
-        let _ = phase.wait_for(|phase| *phase == Phase::Draining).await;
-        draining.set(true);
+        let _ = phase.wait_for(|phase| *phase >= Phase::Leaving).await;
+        leaving.set(true);
+        let _ = phase.wait_for(|phase| *phase >= Phase::Draining).await;
         sleep(LAST_REQUEST_GRACE).await;
     };
     let mut drain = pin!(drain);
@@ -335,7 +339,7 @@ async fn until_drained<C: Future<Output = hyper::Result<()>>>(
         // The drain first: a response that comes at the same moment must say that it is the last.
         // And only when it has begun, since to wait for it takes a lock that all connections share;
         // once it is watched, it wakes us.
-        if !is_watched || draining.get() || told.has_changed().unwrap_or(true) {
+        if !is_watched || leaving.get() || told.has_changed().unwrap_or(true) {
             is_watched = true;
             if drain.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Parting::Due);
@@ -344,6 +348,25 @@ async fn until_drained<C: Future<Output = hyper::Result<()>>>(
         poll_watched(connection.as_mut(), conduct, &|| false, cx)
     })
     .await
+}
+
+/// Waits until an HTTP/2 connection should be told that it ends. One that has just been made has the
+/// time for a request first: sent away before, its client would come again, and meet the same.
+///
+/// `is_asked` is looked at whenever the connection does something, as its response will do.
+async fn until_farewell(mut phase: watch::Receiver<Phase>, is_asked: &Cell<bool>) {
+    // The sender's end is a drop, which says the same as `Draining`.
+    let _ = phase.wait_for(|phase| *phase >= Phase::Leaving).await;
+    let drain = async {
+        let _ = phase.wait_for(|phase| *phase >= Phase::Draining).await;
+        sleep(LAST_REQUEST_GRACE).await;
+    };
+    let mut drain = pin!(drain);
+    poll_fn(|cx| match is_asked.get() {
+        true => Poll::Ready(()),
+        false => drain.as_mut().poll(cx),
+    })
+    .await;
 }
 
 /// Serves a connection that is to end, until its client has had the time to hear of it.

@@ -16,8 +16,9 @@ use crate::proxy::timeouts::Timeouts;
 use crate::proxy::via::Via;
 use crate::snapshot::{Live, Reader};
 use crate::telemetry::metrics::{Metrics, Up, WorkerMetrics};
-use crate::upstream::Pools;
+use crate::upstream::{Pools, Shortage};
 
+use super::slots::Slot;
 use super::{Phase, connection};
 
 /// How often idle connections to endpoints are looked at, and lines of the access log handed over.
@@ -36,6 +37,8 @@ pub struct Accepted {
     pub phase: watch::Receiver<Phase>,
     /// Counts it among the connections of its listener.
     pub active: Up,
+    /// Its place among all connections of clients.
+    pub slot: Slot,
 }
 
 /// The way to a worker.
@@ -55,6 +58,7 @@ struct Worker {
     live: Arc<Live>,
     metrics: Arc<Metrics>,
     via: Via,
+    shortage: Shortage,
 }
 
 // === impl WorkerHandle ===
@@ -70,6 +74,7 @@ impl WorkerHandle {
         live: Arc<Live>,
         metrics: Arc<Metrics>,
         via: Via,
+        shortage: Shortage,
     ) -> io::Result<(Self, JoinHandle<()>)> {
         let (sender, inbox) = mpsc::unbounded_channel();
         let worker = Worker {
@@ -78,6 +83,7 @@ impl WorkerHandle {
             live,
             metrics,
             via,
+            shortage,
         };
         let (started, has_started) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
@@ -129,7 +135,8 @@ impl Drop for Serving {
 
 impl Worker {
     async fn run(mut self) {
-        let pools = Pools::new(Arc::clone(&self.metrics));
+        let mut shortage = self.shortage.subscribe();
+        let pools = Pools::new(Arc::clone(&self.metrics), self.shortage);
         let timeouts = Timeouts::new();
         tokio::task::spawn_local(Arc::clone(&timeouts).run());
         let mut published = self.live.subscribe();
@@ -151,6 +158,8 @@ impl Worker {
                 // for as long.
                 _ = published.changed() => proxy.follow(),
                 _ = sweep.tick() => proxy.sweep(),
+                // The pools have a sender, so this never ends.
+                _ = shortage.changed() => pools.let_go(),
             }
         }
     }

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -50,6 +50,8 @@ pub struct Metrics {
     shed: [Counter; Priority::ALL.len()],
     /// Revision and hash of the configuration in force.
     config_info: Mutex<(u64, u64)>,
+    /// What is not finished by now is cut off.
+    has_ended: AtomicBool,
 }
 
 /// The metrics as one worker uses them.
@@ -245,6 +247,15 @@ const DEFINITIONS: &[Definition] = &[
     ),
     gauge("serin_connections_active", None, "Connections of clients."),
     gauge(
+        "serin_connections_limit",
+        None,
+        "Connections that clients may have at a time.",
+    ),
+    counter(
+        "serin_connections_limit_reached_total",
+        "Times that there were as many connections as there may be.",
+    ),
+    gauge(
         "serin_upstream_connections",
         None,
         "Connections to endpoints, idle ones among them.",
@@ -323,6 +334,10 @@ const DEFINITIONS: &[Definition] = &[
         "serin_access_log_dropped_total",
         "Lines of the access log that could not be written.",
     ),
+    counter(
+        "serin_drain_cut_off_total",
+        "Requests and tunnels that had not ended when the process had to.",
+    ),
     gauge("serin_workers", None, "Worker threads."),
     gauge(
         "serin_build_info",
@@ -392,6 +407,7 @@ impl Metrics {
             gauges: Mutex::new(HashMap::from([(in_flight_key, Arc::clone(&in_flight))])),
             in_flight,
             config_info: Mutex::default(),
+            has_ended: AtomicBool::new(false),
         };
         metrics
             .gauge(
@@ -484,6 +500,24 @@ impl Metrics {
     pub fn rate_limit_keys_displaced(&self, route: &str, limit: &str) -> Counter {
         let name = "serin_rate_limit_keys_displaced_total";
         from_the_start(&self.recorder, name, &[("route", route), ("limit", limit)])
+    }
+
+    /// The sum of all levels of this name.
+    pub fn sum(&self, name: &str) -> u64 {
+        let gauges = lock(&self.gauges);
+        let levels = gauges.iter().filter(|(key, _)| key.name() == name);
+        let sum: i64 = levels.map(|(_, level)| level.get()).sum();
+        u64::try_from(sum).unwrap_or(0)
+    }
+
+    /// Requests that have not ended by now are cut off by us, and not by their clients.
+    pub fn ends(&self) {
+        self.has_ended.store(true, Ordering::Relaxed);
+    }
+
+    /// True once requests are cut off.
+    pub fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::Relaxed)
     }
 
     /// The handles for requests that no route takes.

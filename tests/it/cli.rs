@@ -15,12 +15,23 @@ fn serin(arguments: &[&str]) -> Command {
     command
 }
 
+/// `serin` with these arguments, as the last command of a shell that does something before.
+pub(crate) fn serin_after(before: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", &format!("{before}; exec \"$0\" \"$@\"")])
+        .arg(env!("CARGO_BIN_EXE_serin"));
+    without_settings(command.args(arguments));
+    command
+}
+
 /// Takes out of the environment what the program reads of it.
 pub(crate) fn without_settings(command: &mut Command) {
     command
         .env_remove("SERIN_CONFIG")
         .env_remove("SERIN_LOG")
-        .env_remove("SERIN_LOG_FORMAT");
+        .env_remove("SERIN_LOG_FORMAT")
+        .env_remove("SERIN_TAKEOVER");
 }
 
 pub(crate) fn output(arguments: &[&str]) -> (Option<i32>, String, String) {
@@ -47,6 +58,18 @@ pub(crate) struct Running {
 impl Running {
     pub(crate) fn start(config: &Path) -> Self {
         Self::spawn(&mut serin(&["run", "--config", config.to_str().unwrap()]))
+    }
+
+    /// As `start`, with `--takeover`.
+    pub(crate) fn take_over(config: &Path, socket: &Path) -> Self {
+        let (config, socket) = (config.to_str().unwrap(), socket.to_str().unwrap());
+        Self::spawn(&mut serin(&[
+            "run",
+            "--config",
+            config,
+            "--takeover",
+            socket,
+        ]))
     }
 
     /// As `start`, by a command of its own.
@@ -87,6 +110,18 @@ impl Running {
         }
     }
 
+    /// Where it listens, and where its admin listener does.
+    pub(crate) fn addresses(&mut self) -> (SocketAddr, SocketAddr) {
+        let web = Self::address(&self.wait_for(" listening "), "address=");
+        let admin = Self::address(&self.wait_for("serin is up"), "admin=");
+        (web, admin)
+    }
+
+    /// Waits for its end, and returns its exit code.
+    pub(crate) fn code(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+
     /// The address after `key` in a line of the log.
     pub(crate) fn address(line: &str, key: &str) -> SocketAddr {
         let start = line.find(key).unwrap() + key.len();
@@ -98,7 +133,7 @@ impl Running {
             .unwrap()
     }
 
-    fn signal(&self, signal: &str) {
+    pub(crate) fn signal(&self, signal: &str) {
         let killed = Command::new("kill")
             .args([signal, &self.child.id().to_string()])
             .status()

@@ -493,7 +493,7 @@ async fn an_address_in_use_refuses_the_whole_change() {
     assert!(problem.message.contains("cannot listen on"), "{problem}");
     assert_eq!(
         (problem.span.line, problem.path.as_str()),
-        (3, "listeners[1].address")
+        (4, "listeners[1].address")
     );
     assert_eq!(get(proxy.address(), "/", &[]).await.text(), "stable");
     drop(taken);
@@ -509,13 +509,18 @@ async fn what_cannot_change_at_run_time_is_said_to_need_a_restart() {
     let proxy = Proxy::start(&rest);
     proxy
         .replace(&format!(
-            "workers: 3\nadmin: {{ address: '127.0.0.1:9' }}\ntelemetry: {{ durationBuckets: [1] }}\n{rest}"
+            "workers: 3\nadmin: {{ address: '127.0.0.1:9' }}\nconnections: {{ max: 5 }}\ntelemetry: {{ durationBuckets: [1] }}\n{rest}"
         ))
         .await;
     let status = get(proxy.admin(), "/api/v1/config/status", &[])
         .await
         .json();
-    let expected = serde_json::json!(["workers", "admin.address", "telemetry.durationBuckets"]);
+    let expected = serde_json::json!([
+        "workers",
+        "admin.address",
+        "connections.max",
+        "telemetry.durationBuckets"
+    ]);
     assert_eq!(status["restartRequired"], expected);
     assert_eq!(proxy.metric("serin_config_restart_required", &[]), 1.0);
     proxy.replace(&rest).await;

@@ -4,6 +4,7 @@ pub(crate) mod client;
 pub(crate) mod dns;
 pub(crate) mod frames;
 pub(crate) mod grpc;
+pub(crate) mod load;
 pub(crate) mod tls;
 pub(crate) mod upstream;
 pub(crate) mod websocket;
@@ -125,7 +126,8 @@ impl Drop for Proxy {
     }
 }
 
-/// A listener and an admin address with free ports in front of a configuration that does not say.
+/// A listener and an admin address with free ports in front of a configuration that does not say, and
+/// no lame duck.
 pub(crate) fn with_head(config: &str) -> String {
     let mut text = String::new();
     for (key, line) in [
@@ -135,6 +137,7 @@ pub(crate) fn with_head(config: &str) -> String {
         ),
         ("admin:", "admin: { address: '127.0.0.1:0' }\n"),
         ("workers:", "workers: 2\n"),
+        ("shutdown:", "shutdown: { lameDuck: 0s }\n"),
     ] {
         if !config.lines().any(|existing| existing.starts_with(key)) {
             text.push_str(line);

@@ -15,7 +15,7 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
 use crate::support::upstream::read_head;
 use crate::support::websocket::{by_connect, by_upgrade, http1, http2, send};
-use crate::support::{Client, Proxy, Raw, Upstream, eventually, single};
+use crate::support::{Client, Proxy, Raw, Upstream, eventually, metric, single};
 
 fn behind(upstream: SocketAddr, protocol: &str, route: &str) -> String {
     format!(
@@ -141,10 +141,11 @@ async fn a_connection_that_carries_a_tunnel_is_not_idle() {
 async fn a_drain_waits_for_tunnels_and_cuts_them_off_at_its_limit() {
     let upstream = http1().await;
     let config = format!(
-        "shutdown: {{ timeout: 1s }}\n{}",
+        "shutdown: {{ timeout: 1s, lameDuck: 0s }}\n{}",
         behind(upstream, "http1", "")
     );
     let proxy = Proxy::start(&config);
+    let metrics = std::sync::Arc::clone(proxy.app().metrics());
     let mut one = by_upgrade(proxy.address()).await;
     let drain = tokio::spawn(proxy.shut_down());
     for _ in 0..5 {
@@ -153,6 +154,11 @@ async fn a_drain_waits_for_tunnels_and_cuts_them_off_at_its_limit() {
     }
     assert_eq!(drain.await.unwrap(), Drained::CutOff(1));
     assert!(!matches!(one.next().await, Some(Ok(_))));
+    for (kind, count) in [("tunnel", 1.0), ("request", 0.0)] {
+        let labels = [("kind", kind)];
+        let cut_off = metric(&metrics.render(), "serin_drain_cut_off_total", &labels);
+        assert_eq!(cut_off, count, "{kind}");
+    }
 
     let proxy = Proxy::start(&behind(upstream, "http1", ""));
     let one = by_upgrade(proxy.address()).await;

@@ -1,0 +1,63 @@
+//! How many clients may be connected at a time, so that they cannot take the file descriptors that
+//! everything else needs.
+//!
+//! Whoever comes beyond that waits in the kernel's queue until somebody leaves.
+
+use std::sync::Arc;
+
+use metrics::Counter;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
+
+use crate::telemetry::metrics::Metrics;
+
+/// The places for connections of clients.
+#[derive(Clone)]
+pub struct Slots {
+    free: Arc<Semaphore>,
+    reached: Counter,
+}
+
+/// The place of one connection, until it is dropped.
+#[derive(Debug)]
+pub struct Slot(#[expect(dead_code, reason = "it is there to be dropped")] OwnedSemaphorePermit);
+
+// === impl Slots ===
+
+impl Slots {
+    /// So many places.
+    pub fn new(limit: usize, metrics: &Metrics) -> Self {
+        let limit = limit.min(Semaphore::MAX_PERMITS);
+        metrics
+            .gauge("serin_connections_limit", &[])
+            .set(limit as f64);
+        Self {
+            free: Arc::new(Semaphore::new(limit)),
+            reached: metrics.counter("serin_connections_limit_reached_total", &[]),
+        }
+    }
+
+    /// Waits for a place; who has waited longest gets it. `None` once there are none any more.
+    pub async fn take(&self) -> Option<Slot> {
+        let free = Arc::clone(&self.free);
+        match Arc::clone(&free).try_acquire_owned() {
+            Ok(permit) => Some(Slot(permit)),
+            Err(TryAcquireError::Closed) => None,
+            Err(TryAcquireError::NoPermits) => {
+                self.reached.increment(1);
+                free.acquire_owned().await.ok().map(Slot)
+            }
+        }
+    }
+
+    /// From now on nobody gets a place.
+    pub fn close(&self) {
+        self.free.close();
+    }
+}
+
+impl std::fmt::Debug for Slots {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let free = self.free.available_permits();
+        f.debug_struct("Slots").field("free", &free).finish()
+    }
+}

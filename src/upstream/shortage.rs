@@ -1,0 +1,52 @@
+//! What to do when there is no file descriptor for a connection to an endpoint: connections that are
+//! only kept for later give way, those of all workers.
+
+use std::time::Duration;
+
+use rustix::io::Errno;
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use super::SendError;
+
+/// How often a connection is tried again, and how long that waits for others to give way.
+const TRIES: usize = 5;
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// The way to tell all workers that descriptors are short.
+#[derive(Clone, Debug, Default)]
+pub struct Shortage(watch::Sender<()>);
+
+// === impl Shortage ===
+
+impl Shortage {
+    /// For a worker that wants to hear of it.
+    pub fn subscribe(&self) -> watch::Receiver<()> {
+        self.0.subscribe()
+    }
+
+    /// Tries something again that has failed, if it is descriptors that it lacked.
+    pub(super) async fn retry<T>(
+        &self,
+        mut outcome: Result<T, SendError>,
+        mut again: impl AsyncFnMut() -> Result<T, SendError>,
+    ) -> Result<T, SendError> {
+        for _ in 0..TRIES {
+            if !outcome.as_ref().is_err_and(lacks_descriptors) {
+                break;
+            }
+            self.0.send_replace(());
+            sleep(PAUSE).await;
+            outcome = again().await;
+        }
+        outcome
+    }
+}
+
+fn lacks_descriptors(error: &SendError) -> bool {
+    let SendError::Connect(error) = error else {
+        return false;
+    };
+    let errno = Errno::from_io_error(error);
+    matches!(errno, Some(Errno::MFILE | Errno::NFILE))
+}

@@ -1,0 +1,376 @@
+//! A process takes over from another on the same machine: nobody is refused, and nobody is lost.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use tempfile::TempDir;
+
+use crate::cli::{Running, serin_after};
+use crate::support::load::Load;
+use crate::support::{Client, Raw, Reply, Upstream, eventually, get, metric, single, with_head};
+
+/// A configuration in a directory of its own, and a path for the socket.
+struct Site {
+    directory: TempDir,
+    config: PathBuf,
+    socket: PathBuf,
+}
+
+impl Site {
+    fn new(config: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let config_file = directory.path().join("serin.yaml");
+        fs::write(&config_file, with_head(config)).unwrap();
+        Self {
+            config: config_file,
+            socket: directory.path().join("takeover.sock"),
+            directory,
+        }
+    }
+
+    fn start(&self) -> Running {
+        Running::take_over(&self.config, &self.socket)
+    }
+
+    /// A process that serves, and where.
+    fn serving(&self) -> (Running, SocketAddr, SocketAddr) {
+        let mut running = self.start();
+        let (web, admin) = running.addresses();
+        running.wait_for("a successor can take over");
+        (running, web, admin)
+    }
+
+    /// Says these lines to the process that serves, and returns what it says to that.
+    fn converse(&self, lines: &[&str]) -> (UnixStream, String) {
+        let stream = UnixStream::connect(&self.socket).unwrap();
+        for line in lines {
+            (&stream).write_all(line.as_bytes()).unwrap();
+        }
+        let mut answer = String::new();
+        BufReader::new(&stream).read_line(&mut answer).unwrap();
+        (stream, answer)
+    }
+}
+
+const ASK: &str = "{\"takeover\":1,\"say\":\"ask\"}\n";
+
+/// Starts once with these arguments, which must fail, and returns what is said to that.
+fn fails(site: &Site, expected: &str) {
+    let mut running = site.start();
+    running.wait_for(expected);
+    assert_ne!(running.code(), Some(0), "{expected}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn successors_take_over_under_load_and_no_request_fails() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let (mut serving, web, admin) = site.serving();
+    let load = Load::start(web);
+    load.goes_on(100).await;
+    for _ in 0..3 {
+        let mut idle = Raw::connect(web).await;
+        idle.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        idle.read_until("\r\n\r\none").await;
+        let (successor, same_web, same_admin) = site.serving();
+        assert_eq!((same_web, same_admin), (web, admin));
+        assert_eq!(idle.read_to_end().await, "");
+        serving.wait_for("drained");
+        assert_eq!(serving.code(), Some(0));
+        serving = successor;
+        load.goes_on(100).await;
+    }
+    assert!(load.end().await > 1000);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn probes_and_scrapes_reach_the_one_that_is_ready() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let (mut old, web, admin) = site.serving();
+    let mut kept = Client::connect(admin).await;
+    let busy_with = |scrape: &Reply| metric(scrape.text(), "serin_requests_in_flight", &[]);
+    // It keeps the old one from ending, and tells the two apart.
+    let mut busy = Raw::connect(web).await;
+    busy.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    eventually("the request waits", || upstream.held() == 1).await;
+    assert_eq!(busy_with(&kept.get("/metrics", &[]).await), 1.0);
+
+    let (_new, _, _) = site.serving();
+    for _ in 0..50 {
+        let scrape = get(admin, "/metrics", &[]).await;
+        assert_eq!(busy_with(&scrape), 0.0);
+        assert_eq!(get(admin, "/readyz", &[]).await.status.as_u16(), 200);
+    }
+    let again = kept.send(http::Method::GET, "/readyz", &[], "").await;
+    assert!(again.is_err(), "the old one answers");
+    assert!(old.child.try_wait().unwrap().is_none());
+    upstream.release();
+    assert!(busy.read_to_end().await.ends_with("one"));
+    assert_eq!(old.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_successor_that_fails_before_it_is_ready_changes_nothing() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let (mut serving, web, admin) = site.serving();
+    let load = Load::start(web);
+    load.goes_on(20).await;
+
+    // Its configuration is refused.
+    let good = fs::read_to_string(&site.config).unwrap();
+    let other = Site {
+        config: site.directory.path().join("other.yaml"),
+        directory: tempfile::tempdir().unwrap(),
+        socket: site.socket.clone(),
+    };
+    fs::write(&other.config, good.replace("name: only }", "name: none }")).unwrap();
+    fails(&other, "unknown backend `none`");
+    // One of its listeners cannot be opened.
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let both = format!(
+        "listeners: [ {{ name: web, address: '127.0.0.1:0' }}, {{ name: taken, address: '{}' }} ]",
+        taken.local_addr().unwrap()
+    );
+    let one = "listeners: [ { name: web, address: '127.0.0.1:0' } ]";
+    fs::write(&other.config, good.replace(one, &both)).unwrap();
+    fails(&other, "cannot listen on");
+    serving.wait_for("did not take over; this process goes on");
+    // It dies with the sockets in its hands.
+    let (stream, answer) = site.converse(&[ASK]);
+    assert!(
+        answer.contains("\"names\":[\"@admin\",\"web\"]"),
+        "{answer}"
+    );
+    drop(stream);
+    serving.wait_for("did not take over; this process goes on");
+
+    load.goes_on(20).await;
+    assert_eq!(get(admin, "/readyz", &[]).await.status.as_u16(), 200);
+    let (_successor, _, _) = site.serving();
+    serving.wait_for("drained");
+    assert_eq!(serving.code(), Some(0));
+    load.goes_on(20).await;
+    load.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_successors_the_second_is_sent_away() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let (_serving, web, _) = site.serving();
+    let (first, answer) = site.converse(&[ASK]);
+    assert!(answer.contains("sockets"), "{answer}");
+    fails(&site, "another successor is starting");
+    drop(first);
+    assert_eq!(get(web, "/", &[]).await.text(), "one");
+    let (_successor, _, _) = site.serving();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_is_not_understood_is_told_so() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let (_serving, web, _) = site.serving();
+    for (lines, reason) in [
+        (&["{\"takeover\":7,\"say\":\"ask\"}\n"][..], "version 7"),
+        (&["GET / HTTP/1.1\r\n"], "cannot be understood"),
+        (&["{\"takeover\":1,\"say\":\"ready\"}\n"], "is no question"),
+    ] {
+        let (_, answer) = site.converse(lines);
+        assert!(
+            answer.contains("refused") && answer.contains(reason),
+            "{answer}"
+        );
+    }
+    assert_eq!(get(web, "/", &[]).await.text(), "one");
+    // And a successor does not start with what it does not understand.
+    let other = Site::new(&single(upstream.address, ""));
+    for (answer, expected) in [
+        ("{\"takeover\":2,\"say\":\"hello\"}\n", "speaks version 2"),
+        (
+            "{\"takeover\":1,\"say\":\"refused\",\"reason\":\"not now\"}\n",
+            "not now",
+        ),
+        (
+            "{\"takeover\":1,\"say\":\"sockets\",\"names\":[\"web\"]}\n",
+            "not every socket has arrived",
+        ),
+    ] {
+        let listener = UnixListener::bind(&other.socket).unwrap();
+        let answering = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            BufReader::new(&stream)
+                .read_line(&mut String::new())
+                .unwrap();
+            (&stream).write_all(answer.as_bytes()).unwrap();
+            stream
+        });
+        fails(&other, expected);
+        drop(answering.join().unwrap());
+        fs::remove_file(&other.socket).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_predecessor_that_does_not_answer_is_not_waited_for() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let _stopped = UnixListener::bind(&site.socket).unwrap();
+    fails(&site, "it does not answer");
+    assert!(site.socket.exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_predecessor_that_dies_leaves_a_successor_that_serves() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    // Before it has given anything, and after.
+    for answer in ["", "{\"takeover\":1,\"say\":\"sockets\",\"names\":[]}\n"] {
+        let listener = UnixListener::bind(&site.socket).unwrap();
+        let dying = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            BufReader::new(&stream)
+                .read_line(&mut String::new())
+                .unwrap();
+            (&stream).write_all(answer.as_bytes()).unwrap();
+        });
+        let (mut running, web, _) = site.serving();
+        dying.join().unwrap();
+        assert_eq!(get(web, "/", &[]).await.text(), "one");
+        running.signal("-TERM");
+        assert_eq!(running.code(), Some(0));
+        assert!(!site.socket.exists());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_socket_is_its_owners_alone_and_a_stale_one_is_replaced() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let (mut running, _, _) = site.serving();
+    let mode = || fs::metadata(&site.socket).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(), 0o600);
+    // Killed, it leaves its socket behind.
+    running.signal("-KILL");
+    running.code();
+    assert!(site.socket.exists());
+    let (mut running, web, _) = site.serving();
+    assert_eq!(mode(), 0o600);
+    assert_eq!(get(web, "/", &[]).await.text(), "one");
+    running.signal("-TERM");
+    assert_eq!(running.code(), Some(0));
+    let left = |directory: &Path| fs::read_dir(directory).unwrap().count();
+    assert_eq!(
+        left(site.directory.path()),
+        1,
+        "only the configuration is left"
+    );
+
+    // Somebody's file is not ours to replace.
+    fs::write(&site.socket, "precious").unwrap();
+    fails(&site, "something else than a socket");
+    assert_eq!(fs::read_to_string(&site.socket).unwrap(), "precious");
+    let nowhere = Site {
+        socket: site.directory.path().join("missing/takeover.sock"),
+        ..site
+    };
+    fails(&nowhere, "cannot listen there");
+}
+
+/// Runs with `stdin` as the third descriptor, as a service manager would have it.
+fn activated(site: &Site, stdin: impl Into<OwnedFd>, more: &str) -> Running {
+    let before = format!("exec 3<&0 </dev/null; export LISTEN_FDS=1 LISTEN_PID=$$ {more}");
+    let config = site.config.to_str().unwrap();
+    let mut command = serin_after(&before, &["run", "--config", config]);
+    command.stdin(Stdio::from(stdin.into()));
+    Running::spawn(&mut command)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sockets_that_a_process_is_started_with_are_used() {
+    let upstream = Upstream::start("one").await;
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    let listeners = |name: &str| {
+        format!(
+            "listeners: [ {{ name: {name}, address: '{address}' }}, {{ name: other, address: '127.0.0.1:0' }} ]\n"
+        )
+    };
+    let rest = single(upstream.address, "");
+    let site = Site::new(&(listeners("web") + &rest));
+    // Somebody has connected before there is a process.
+    let early = TcpStream::connect(address).unwrap();
+    early.set_nonblocking(true).unwrap();
+    let early = tokio::net::TcpStream::from_std(early).unwrap();
+    let mut running = activated(&site, socket.try_clone().unwrap(), "LISTEN_FDNAMES=web");
+    running.wait_for("the socket was there already");
+    let mut early = Raw::over(early);
+    early.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    early.read_until("\r\n\r\none").await;
+
+    // The listener goes, and comes again: its address cannot be bound, since we hold the socket.
+    let none = "listeners: [ { name: other, address: '127.0.0.1:0' } ]\n";
+    for listeners in [none, &listeners("again")] {
+        fs::write(&site.config, with_head(&(listeners.to_owned() + &rest))).unwrap();
+        running.signal("-HUP");
+        running.wait_for("configuration taken over");
+    }
+    assert_eq!(get(address, "/", &[]).await.text(), "one");
+    running.signal("-TERM");
+    assert_eq!(running.code(), Some(0));
+    // Whoever comes now waits for the next process.
+    let mut late = Raw::connect(address).await;
+    late.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let _running = activated(&site, socket, "");
+    late.read_until("\r\n\r\none").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_descriptor_that_fits_nothing_is_a_warning() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let unknown = TcpListener::bind("127.0.0.1:0").unwrap();
+    let datagram = UnixDatagram::unbound().unwrap();
+    let connected = TcpStream::connect(unknown.local_addr().unwrap()).unwrap();
+    for (descriptor, words) in [
+        (
+            OwnedFd::from(unknown.try_clone().unwrap()),
+            "no listener is configured for",
+        ),
+        (datagram.into(), "cannot be used"),
+        (connected.into(), "does not listen"),
+    ] {
+        let mut running = activated(&site, descriptor, "");
+        running.wait_for(words);
+        let (web, _) = running.addresses();
+        assert_eq!(get(web, "/", &[]).await.text(), "one");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_manager_is_told_when_it_serves_and_when_it_ends() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let path = site.directory.path().join("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    let hears = || {
+        let mut room = [0; 256];
+        let count = manager.recv(&mut room).unwrap();
+        String::from_utf8(room[..count].to_vec()).unwrap()
+    };
+    let notify = format!("export NOTIFY_SOCKET={}", path.display());
+    let config = site.config.to_str().unwrap();
+    let running = Running::spawn(&mut serin_after(&notify, &["run", "--config", config]));
+    let ready = format!("READY=1\nMAINPID={}\n", running.child.id());
+    assert_eq!(hears(), ready);
+    running.signal("-TERM");
+    assert_eq!(hears(), "STOPPING=1\n");
+}
