@@ -11,6 +11,7 @@ mod admin;
 mod balance;
 mod cli;
 mod errors;
+mod fault;
 mod filters;
 mod forwarding;
 mod fuzz;

@@ -1,8 +1,10 @@
 //! What the tests share: a proxy in this process, upstreams, clients, and waiting for facts.
 
 pub(crate) mod client;
+pub(crate) mod fault;
 pub(crate) mod frames;
 pub(crate) mod grpc;
+pub(crate) mod port;
 pub(crate) mod tls;
 pub(crate) mod upstream;
 pub(crate) mod websocket;
