@@ -14,6 +14,7 @@ mod cli;
 mod descriptors;
 mod discovery;
 mod errors;
+mod fault;
 mod filters;
 mod forwarding;
 mod fuzz;

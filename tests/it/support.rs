@@ -2,9 +2,11 @@
 
 pub(crate) mod client;
 pub(crate) mod dns;
+pub(crate) mod fault;
 pub(crate) mod frames;
 pub(crate) mod grpc;
 pub(crate) mod load;
+pub(crate) mod port;
 pub(crate) mod tls;
 pub(crate) mod upstream;
 pub(crate) mod websocket;
