@@ -12,6 +12,7 @@ pub mod error;
 pub mod exchange;
 pub mod grpc;
 pub mod headers;
+mod kept;
 pub mod origin;
 pub mod stays;
 pub mod timeouts;

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use http::request::Parts;
-use http::{HeaderMap, Method, Request, Response, StatusCode, Uri};
+use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Incoming};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -21,6 +21,7 @@ use crate::upstream::{Addresses, Loan, Needs};
 use super::body::{Progress, RequestBody};
 use super::error::ProxyError;
 use super::exchange::Exchange;
+use super::kept::KeptHead;
 use super::{Limits, Proxy};
 
 /// How long whoever sent a body may take to let go of it.
@@ -34,10 +35,8 @@ const LEFTOVER_TIME: Duration = Duration::from_secs(1);
 /// What a request is sent again from.
 pub(super) struct Again<'s> {
     route: &'s Route,
-    method: Method,
-    uri: Uri,
     /// Before the edits of any backend.
-    headers: HeaderMap,
+    head: KeptHead,
     addresses: Option<Box<Addresses>>,
     body_buffer: usize,
     is_override: bool,
@@ -161,9 +160,7 @@ impl<'s> Again<'s> {
         };
         Self {
             route,
-            method: parts.method.clone(),
-            uri: parts.uri.clone(),
-            headers: parts.headers.clone(),
+            head: KeptHead::new(parts),
             addresses: addresses.map(|addresses| Box::new(*addresses)),
             body_buffer,
             is_override: reason == Reason::Override,
@@ -280,7 +277,7 @@ impl<'s> Again<'s> {
     fn case(&self, tried: &Tried<'_>, progress: &Progress) -> Case {
         let endpoints = tried.target.backend.endpoints.iter();
         Case {
-            is_idempotent: self.method.is_idempotent(),
+            is_idempotent: self.head.method.is_idempotent(),
             is_whole: progress.is_whole(),
             at_baseline: std::ptr::eq(tried.target, &self.route.targets[BASELINE]),
             is_override: self.is_override,
@@ -376,9 +373,9 @@ impl<'s> Again<'s> {
 
     fn request(&self, target: &RouteTarget, body: RequestBody) -> Request<RequestBody> {
         let mut request = Request::new(body);
-        *request.method_mut() = self.method.clone();
-        *request.uri_mut() = self.uri.clone();
-        *request.headers_mut() = self.headers.clone();
+        *request.method_mut() = self.head.method.clone();
+        *request.uri_mut() = self.head.uri();
+        *request.headers_mut() = self.head.headers();
         target.backend.request_headers.apply(request.headers_mut());
         request
     }

@@ -287,6 +287,7 @@ fn nothing_that_measures_reads_the_time_of_day() {
             "src/config/check/user_list.rs",
             "warns of lists that have expired",
         ),
+        ("src/config/endpoints_file.rs", "notes when files were read"),
         (
             "src/config/load.rs",
             "notes when files were read, and what has expired",
@@ -295,6 +296,20 @@ fn nothing_that_measures_reads_the_time_of_day() {
         (
             "src/control.rs",
             "notes when a configuration was taken over",
+        ),
+        ("src/discovery.rs", "has a test"),
+        ("src/discovery/job.rs", "notes when names were asked for"),
+        (
+            "src/discovery/resolution.rs",
+            "notes when names were asked for",
+        ),
+        (
+            "src/discovery/resolver.rs",
+            "notes that, and which files have changed",
+        ),
+        (
+            "src/discovery/schedule.rs",
+            "hands on when names were asked for",
         ),
         ("src/telemetry/access_log.rs", "writes times"),
         ("src/telemetry/access_log/tests.rs", "is a test"),

@@ -245,10 +245,12 @@ async fn another_endpoint_is_tried_first() {
         let method = [Method::GET, Method::POST][round % 2].clone();
         assert_eq!(send(&proxy, method, "/").await.status, StatusCode::OK);
     }
-    let ejected = proxy.metric("serin_ejections_total", &[("backend", "only")]);
-    assert_eq!(ejected, 1.0);
+    let ejected = || proxy.metric("serin_ejections_total", &[("backend", "only")]);
+    eventually("it is ejected", || ejected() == 1.0).await;
     let sent = proxy.metric("serin_retries_total", &[("result", "sent")]);
-    assert_eq!(sent, 5.0);
+    assert_eq!(sent, proxy.metric("serin_upstream_errors_total", &[]));
+    // Some may have been on their way to it when it was.
+    assert!((5.0..15.0).contains(&sent), "{sent}");
 }
 
 /// The race that no idle timeout rules out: a connection closes while a request is on its way.
