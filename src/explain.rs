@@ -237,8 +237,8 @@ pub fn explain(
             ..Explanation::without_decision(Some(route), revision)
         };
     }
-    let decided = route.gray.decide(&head, question.trusted, dice);
-    let (decision, failed_over) = route.fail_over(decided);
+    let mut decision = route.gray.decide(&head, question.trusted, dice);
+    let failed_over = route.fail_over(&mut decision);
     let identity = decision
         .identity
         .as_ref()

@@ -396,27 +396,26 @@ impl Proxy {
             (lease, sending)
         });
         Box::pin(async move {
-            let first = match begun {
+            let mut tried = match begun {
                 Some((lease, mut sending)) => {
                     let sent = limits.wait(sending.as_mut(), &progress).await;
                     Tried::new(target, lease, sent)
                 }
                 None => Tried::crowded(target),
             };
-            let last = match again {
-                Some(again) if again.concerns(&first) => {
-                    let way = Way {
-                        proxy: self,
-                        limits: &limits,
-                        needs,
-                    };
-                    // Boxed, since few requests come this way.
-                    Box::pin(again.go_on(way, first, progress.clone(), &mut exchange)).await
-                }
-                _ => first,
-            };
+            if let Some(again) = again
+                && again.concerns(&tried)
+            {
+                let way = Way {
+                    proxy: self,
+                    limits: &limits,
+                    needs,
+                };
+                // Boxed, since few requests come this way.
+                tried = Box::pin(again.go_on(way, tried, progress.clone(), &mut exchange)).await;
+            }
             let translation = exchange.translation();
-            let answer = last.outcome.and_then(|responded| {
+            let answer = tried.outcome.and_then(|responded| {
                 progress.answered();
                 let Responded {
                     mut response,
@@ -425,15 +424,16 @@ impl Proxy {
                 } = responded;
                 let (ends, latency) = answered(&mut response, wish, &mut exchange)?;
                 let survey = Survey::of(response.headers());
-                headers::prepare_response(&mut response, survey, route, last.target, &verdict);
+                headers::prepare_response(&mut response, survey, route, tried.target, &verdict);
                 admission::tell(exchange.standing(), None, response.headers_mut());
-                let is_stream = ends.is_some() || exchange.is_stream(response.headers());
-                // The baseline is where everybody may stay.
-                let stay = verdict.stay.filter(|_| std::ptr::eq(last.target, target));
+                let may_be_moved = |_: &Box<_>| {
+                    // The baseline is where everybody may stay.
+                    std::ptr::eq(tried.target, target)
+                        && (ends.is_some() || exchange.is_stream(response.headers()))
+                };
+                let stay = verdict.stay.filter(may_be_moved);
                 Ok(Answer {
-                    stay: stay
-                        .filter(|_| is_stream)
-                        .map(|stay| self.stays.begin(stay, self.timeouts.timeout())),
+                    stay: stay.map(|stay| self.stays.begin(stay, self.timeouts.timeout())),
                     response,
                     lease,
                     loan,

@@ -516,30 +516,24 @@ impl Route {
         trusted: bool,
         dice: Dice<'_>,
     ) -> (Decision<'a>, Option<FailedOver>) {
-        self.fail_over(self.gray.decide(head, trusted, dice))
+        let mut decision = self.gray.decide(head, trusted, dice);
+        let failed_over = self.fail_over(&mut decision);
+        (decision, failed_over)
     }
 
     /// Sends those to another target whose own takes no requests, and only them.
-    pub fn fail_over<'a>(&self, decision: Decision<'a>) -> (Decision<'a>, Option<FailedOver>) {
+    pub fn fail_over(&self, decision: &mut Decision<'_>) -> Option<FailedOver> {
         let from = decision.target;
-        let Some(cause) = self.targets[from].backend.unavailability() else {
-            return (decision, None);
-        };
+        let cause = self.targets[from].backend.unavailability()?;
         let to = match from {
             BASELINE => self.failover.from_baseline,
             _ => self.failover.to_baseline.then_some(BASELINE),
         };
         // From bad to worse helps nobody, but the baseline is where everybody belongs.
-        let to = to.filter(|to| *to == BASELINE || self.targets[*to].backend.is_available());
-        let Some(target) = to else {
-            return (decision, None);
-        };
-        let decision = Decision {
-            target,
-            reason: Reason::Failover,
-            ..decision
-        };
-        (decision, Some(FailedOver { from, cause }))
+        let is_better = |to: &Target| *to == BASELINE || self.targets[*to].backend.is_available();
+        decision.target = to.filter(is_better)?;
+        decision.reason = Reason::Failover;
+        Some(FailedOver { from, cause })
     }
 }
 

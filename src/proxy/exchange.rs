@@ -42,8 +42,8 @@ pub struct Exchange {
     protocol: Protocol,
     /// How many requests there were when it came, itself among them.
     in_flight: i64,
-    /// How its caller stands with the rate limits of its route.
-    standing: Option<Standing>,
+    /// How its caller stands with the rate limits of its route; boxed, since few have any.
+    standing: Option<Box<Standing>>,
     /// What it counts for; for none before it is decided.
     target: Option<Arc<TargetMetrics>>,
     /// How that failed, if the baseline answers instead; boxed, since few do.
@@ -224,12 +224,12 @@ impl Exchange {
 
     /// Its caller stands so with the rate limits of its route, if it has any.
     pub fn stands(&mut self, standing: Option<Standing>) {
-        self.standing = standing;
+        self.standing = standing.map(Box::new);
     }
 
     /// How its caller stands with the rate limits of its route.
     pub fn standing(&self) -> Option<Standing> {
-        self.standing
+        self.standing.as_deref().copied()
     }
 
     /// It is known who sent it.

@@ -19,14 +19,14 @@ pub(super) struct KeptHead {
 /// Bytes before each field: the lengths of its name and of its value.
 const LENGTHS: usize = 8;
 
+/// What most heads fit into.
+const USUAL_HEAD: usize = 512;
+
 // === impl KeptHead ===
 
 impl KeptHead {
     pub(super) fn new(parts: &Parts) -> Self {
-        let length = |(name, value): (&HeaderName, &HeaderValue)| {
-            LENGTHS + name.as_str().len() + value.len()
-        };
-        let mut fields = Vec::with_capacity(parts.headers.iter().map(length).sum());
+        let mut fields = Vec::with_capacity(USUAL_HEAD);
         for (name, value) in &parts.headers {
             let (name, value) = (name.as_str().as_bytes(), value.as_bytes());
             // A head is limited to far less than what fits.

@@ -50,6 +50,10 @@ const LAST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 /// How long a client has to take leave of a connection that rests.
 const FAREWELL: Duration = Duration::from_secs(1);
 
+/// What hyper may hold of what comes and of what goes, each; by default it is six times as much, which
+/// thousands of slow clients would take.
+const BUFFER: usize = 64 << 10;
+
 /// hyper's own limit, for which it needs no memory besides the stack.
 const HEADER_FIELDS_OF_HYPER: usize = 100;
 
@@ -235,6 +239,7 @@ async fn serve_http1(
     let mut builder = http1::Builder::new();
     builder
         .header_read_timeout(None)
+        .max_buf_size(BUFFER.max(request_head as usize))
         .max_header_size(request_head as usize);
     if header_fields != HEADER_FIELDS_OF_HYPER {
         builder.max_headers(header_fields);

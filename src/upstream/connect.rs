@@ -64,6 +64,10 @@ pin_project! {
 #[derive(Debug)]
 struct Driver<C>(RefCell<Option<Pin<Box<C>>>>);
 
+/// What hyper may hold of a response, its head among it, and of a request, each: what slow clients do
+/// not take.
+const BUFFER: usize = 64 << 10;
+
 /// Counts a connection for as long as it lives.
 pub(super) type Counted = (Up, Option<Place>);
 
@@ -133,7 +137,9 @@ where
     B::Data: Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let (sender, driver) = http1::handshake::<_, B>(AnsweredEarly::new(stream))
+    let (sender, driver) = http1::Builder::new()
+        .max_buf_size(BUFFER)
+        .handshake::<_, B>(AnsweredEarly::new(stream))
         .await
         .map_err(|error| SendError::Connect(io::Error::other(error)))?;
     let task = tokio::task::spawn_local(async move {

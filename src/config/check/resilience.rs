@@ -45,16 +45,20 @@ const FAILURES: RangeInclusive<u16> = 400..=599;
 /// What protects a baseline and would harm another version: with too few endpoints it goes on with
 /// all of them, while users of another version have the baseline to go to.
 struct Role {
+    /// Slow clients hold on to places as stuck endpoints do: of a baseline they must not take all.
+    in_flight: usize,
     most_ejected_percent: u32,
     panic_percent: u32,
 }
 
 impl Role {
     const BASELINE: Self = Self {
+        in_flight: 8192,
         most_ejected_percent: 50,
         panic_percent: 50,
     };
     const OTHER: Self = Self {
+        in_flight: 1024,
         most_ejected_percent: 100,
         panic_percent: 0,
     };
@@ -89,7 +93,7 @@ impl Checker<'_> {
         at: &Path,
     ) -> Option<Resilience> {
         let role = Role::of(backend, routes);
-        let gate_limits = self.gate_limits(&backend.limits, &at.key("limits"));
+        let gate_limits = self.gate_limits(&backend.limits, role.in_flight, &at.key("limits"));
         let health_check = match &backend.health_check {
             Some(check) => self
                 .health_check(check, &at.key("healthCheck"))
@@ -121,7 +125,12 @@ impl Checker<'_> {
         })
     }
 
-    fn gate_limits(&mut self, limits: &file::BackendLimits, at: &Path) -> Option<GateLimits> {
+    fn gate_limits(
+        &mut self,
+        limits: &file::BackendLimits,
+        most: usize,
+        at: &Path,
+    ) -> Option<GateLimits> {
         let default = GateLimits::default();
         let queue_timeout = self.duration(
             limits.queue_timeout.as_deref(),
@@ -131,7 +140,7 @@ impl Checker<'_> {
         let in_flight = self.count(limits.in_flight, &at.key("inFlight"));
         self.count(limits.connections, &at.key("connections"))?;
         Some(GateLimits {
-            in_flight: in_flight?.unwrap_or(default.in_flight),
+            in_flight: in_flight?.unwrap_or(most),
             queue: limits.queue.map_or(default.queue, |queue| queue as usize),
             queue_timeout: queue_timeout?,
         })

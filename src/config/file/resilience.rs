@@ -113,7 +113,7 @@ pub struct OutlierDetection {
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct BackendLimits {
-    /// Requests at a time (default 1024); others wait.
+    /// Requests at a time (default 8192 for the baseline of some route, else 1024); others wait.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub in_flight: Option<u32>,
