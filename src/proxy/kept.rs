@@ -1,8 +1,9 @@
 //! The head of a request, kept to be sent again.
 //!
-//! Nearly every one is kept for nothing, so keeping has to be cheap: the fields stand one behind the
-//! other in a single piece of memory. A copy of the map would count a reference for each name and
-//! value, and first make values countable that nobody shares.
+//! Nearly every one is kept for nothing, so keeping has to be cheap: target and fields stand one
+//! behind the other in a single piece of memory. A copy of the map would count a reference for each
+//! name and value, and hold on to the buffer that they were read into: hyper would need another one
+//! for each request.
 
 use http::request::Parts;
 use http::uri::PathAndQuery;
@@ -12,8 +13,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 #[derive(Debug)]
 pub(super) struct KeptHead {
     pub(super) method: Method,
-    path: Option<PathAndQuery>,
-    fields: Vec<u8>,
+    /// Where the fields begin: what is before is the target, in origin form.
+    fields_at: usize,
+    bytes: Vec<u8>,
 }
 
 /// Bytes before each field: the lengths of its name and of its value.
@@ -26,31 +28,36 @@ const USUAL_HEAD: usize = 512;
 
 impl KeptHead {
     pub(super) fn new(parts: &Parts) -> Self {
-        let mut fields = Vec::with_capacity(USUAL_HEAD);
+        let mut bytes = Vec::with_capacity(USUAL_HEAD);
+        let target = parts.uri.path_and_query().map(PathAndQuery::as_str);
+        bytes.extend_from_slice(target.unwrap_or_default().as_bytes());
+        let fields_at = bytes.len();
         for (name, value) in &parts.headers {
             let (name, value) = (name.as_str().as_bytes(), value.as_bytes());
             // A head is limited to far less than what fits.
-            fields.extend_from_slice(&(name.len() as u32).to_ne_bytes());
-            fields.extend_from_slice(&(value.len() as u32).to_ne_bytes());
-            fields.extend_from_slice(name);
-            fields.extend_from_slice(value);
+            bytes.extend_from_slice(&(name.len() as u32).to_ne_bytes());
+            bytes.extend_from_slice(&(value.len() as u32).to_ne_bytes());
+            bytes.extend_from_slice(name);
+            bytes.extend_from_slice(value);
         }
         Self {
             method: parts.method.clone(),
-            path: parts.uri.path_and_query().cloned(),
-            fields,
+            fields_at,
+            bytes,
         }
     }
 
     /// The target, in origin form.
     pub(super) fn uri(&self) -> Uri {
-        self.path.clone().map(Uri::from).unwrap_or_default()
+        // It was one before.
+        let target = PathAndQuery::try_from(&self.bytes[..self.fields_at]);
+        target.map(Uri::from).unwrap_or_default()
     }
 
     /// The fields, in their order.
     pub(super) fn headers(&self) -> HeaderMap {
         let mut headers = HeaderMap::new();
-        let mut rest = self.fields.as_slice();
+        let mut rest = &self.bytes[self.fields_at..];
         while let Some((name, value, after)) = next(rest) {
             rest = after;
             // Both were what they are before.
