@@ -161,7 +161,8 @@ impl Listener {
     /// Waits for a place: nobody else is accepted meanwhile. Also in a drain, when those that are
     /// served end soon, and make room.
     async fn admit(&self, stream: TcpStream, address: SocketAddr) {
-        match self.slots.take().await {
+        let ask_for_room = || self.workers.iter().for_each(WorkerHandle::ask_for_room);
+        match self.slots.take(ask_for_room).await {
             Some(slot) => self.hand_over(stream, address, slot),
             None => warn!(peer = %address, "a connection is lost: the process ends"),
         }

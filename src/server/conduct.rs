@@ -1,8 +1,9 @@
 //! How long the client of a connection may take: for a request head, between requests, and to take
 //! what it is sent.
 
+use std::cell::{Cell, RefCell};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 use std::{io, mem};
 
@@ -34,8 +35,12 @@ struct State {
     /// The request head must stand by then; without one, the next must have begun.
     turn_ends: Instant,
     in_head: bool,
+    /// Since when nothing is under way, after a request.
+    resting: Option<Instant>,
     /// Some request had a body, of which something may still come.
     had_body: bool,
+    /// It has left HTTP.
+    is_tunnel: bool,
     /// Since when nothing is taken of what there is to write.
     blocked: Option<Instant>,
     /// Until when a client is listened to that has been told the last.
@@ -58,6 +63,20 @@ pub(super) enum Outlasted {
 /// A request that is being served, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Busy(Arc<Conduct>);
+
+/// The clients of one worker, as far as one may have to be sent away to make room.
+#[derive(Debug, Default)]
+pub(super) struct Clients {
+    all: RefCell<Vec<Weak<Conduct>>>,
+    /// How many there may be before those that have gone are forgotten.
+    room: Cell<usize>,
+}
+
+/// Who has rested for less than this may be about to ask again.
+const LEAST_REST: Duration = Duration::from_secs(1);
+
+/// Fewer clients than these are not worth looking through.
+const LEAST_ROOM: usize = 64;
 
 /// A client's connection whose use is watched.
 #[derive(Debug)]
@@ -86,7 +105,9 @@ impl Conduct {
                 requests: 0,
                 turn_ends,
                 in_head: true,
+                resting: None,
                 had_body: false,
+                is_tunnel: false,
                 blocked: None,
                 linger_ends: None,
                 armed: turn_ends,
@@ -99,6 +120,7 @@ impl Conduct {
         let mut state = self.lock();
         state.requests += 1;
         state.in_head = false;
+        state.resting = None;
         state.had_body |= has_body;
         Busy(Arc::clone(self))
     }
@@ -133,14 +155,28 @@ impl Conduct {
         self.arm(&mut state, ends);
     }
 
+    /// Since when it has asked for nothing, if it has nothing under way.
+    fn resting_since(&self) -> Option<Instant> {
+        self.lock().resting
+    }
+
+    /// It has rested for long enough.
+    fn send_away(&self) {
+        self.lock().resting = None;
+        self.rest_for(Duration::ZERO);
+    }
+
     /// The connection leaves HTTP: nothing that comes is thrown away any more.
     pub(super) fn becomes_tunnel(&self) {
-        self.lock().had_body = false;
+        let mut state = self.lock();
+        state.had_body = false;
+        state.is_tunnel = true;
     }
 
     fn came(&self) {
         let mut state = self.lock();
         if self.watches_heads && state.requests == 0 && !mem::replace(&mut state.in_head, true) {
+            state.resting = None;
             self.turn(&mut state, self.limits.request_head);
         }
     }
@@ -150,6 +186,7 @@ impl Conduct {
         state.requests -= 1;
         if state.requests == 0 {
             self.turn(&mut state, self.limits.idle);
+            state.resting = (!state.is_tunnel).then(|| state.turn_ends - self.limits.idle);
         }
     }
 
@@ -194,6 +231,35 @@ impl Conduct {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Clients ===
+
+impl Clients {
+    /// A client has come.
+    pub(super) fn come(&self, conduct: &Arc<Conduct>) {
+        let mut all = self.all.borrow_mut();
+        if all.len() >= self.room.get() {
+            all.retain(|one| one.strong_count() > 0);
+            self.room.set((all.len() * 2).max(LEAST_ROOM));
+        }
+        all.push(Arc::downgrade(conduct));
+    }
+
+    /// Sends the client away that has rested for longest, if it has rested for long enough.
+    pub(super) fn make_room(&self, now: Instant) {
+        let all = self.all.borrow();
+        let resting = all.iter().filter_map(Weak::upgrade).filter_map(|one| {
+            let since = one.resting_since()?;
+            Some((since, one))
+        });
+        let longest = resting.min_by_key(|(since, _)| *since);
+        if let Some((since, one)) = longest
+            && now.saturating_duration_since(since) >= LEAST_REST
+        {
+            one.send_away();
+        }
     }
 }
 

@@ -33,7 +33,7 @@ use crate::stream::Stream;
 use crate::tls::server::ServerTls;
 
 use super::Phase;
-use super::conduct::{Conduct, Outlasted, Watched};
+use super::conduct::{Clients, Conduct, Outlasted, Watched};
 use super::streams::{Served, StreamExecutor};
 use super::worker::{Accepted, Serving};
 
@@ -88,7 +88,12 @@ enum Parting {
 }
 
 /// Serves a connection to its end.
-pub(super) async fn serve(proxy: Rc<Proxy>, accepted: Accepted, serving: Serving) {
+pub(super) async fn serve(
+    proxy: Rc<Proxy>,
+    clients: Rc<Clients>,
+    accepted: Accepted,
+    serving: Serving,
+) {
     let Accepted {
         stream,
         listener,
@@ -110,9 +115,20 @@ pub(super) async fn serve(proxy: Rc<Proxy>, accepted: Accepted, serving: Serving
     let Listener { settings, tls } = listener;
     // A connection would hold on to an old certificate for as long as it stands.
     drop(tls);
-    let ended = match ready.spoken {
-        Spoken::Http1 => serve_http1(&proxy, &peer, ready, phase, &settings).await,
-        Spoken::Http2 => Box::pin(serve_http2(proxy, Rc::new(peer), ready, phase, &settings)).await,
+    let Ready {
+        stream,
+        spoken,
+        timeout,
+    } = ready;
+    let conduct = Conduct::new(settings.timeouts, spoken == Spoken::Http1, timeout);
+    clients.come(&conduct);
+    let watched = Watched::new(stream, Arc::clone(&conduct));
+    let ended = match spoken {
+        Spoken::Http1 => serve_http1(&proxy, &peer, watched, conduct, phase, &settings).await,
+        Spoken::Http2 => {
+            let peer = Rc::new(peer);
+            Box::pin(serve_http2(proxy, peer, watched, conduct, phase, &settings)).await
+        }
     };
     if let Err(error) = ended {
         debug!(%error, "connection ended");
@@ -209,11 +225,11 @@ async fn within<T>(
 async fn serve_http1(
     proxy: &Rc<Proxy>,
     peer: &Peer,
-    ready: Ready,
+    stream: Watched,
+    conduct: Arc<Conduct>,
     phase: watch::Receiver<Phase>,
     settings: &config::Listener,
 ) -> hyper::Result<()> {
-    let conduct = Conduct::new(settings.timeouts, true, ready.timeout);
     let leaving = Cell::new(false);
     let service = service_fn(|request: http::Request<hyper::body::Incoming>| {
         let busy = conduct.begin(!request.body().is_end_stream());
@@ -244,7 +260,6 @@ async fn serve_http1(
     if header_fields != HEADER_FIELDS_OF_HYPER {
         builder.max_headers(header_fields);
     }
-    let stream = Watched::new(ready.stream, Arc::clone(&conduct));
     let connection = builder.serve_connection(stream, service);
     let mut connection = pin!(connection.with_upgrades());
     match until_drained(connection.as_mut(), phase, &leaving, &conduct).await {
@@ -260,16 +275,15 @@ async fn serve_http1(
 async fn serve_http2(
     proxy: Rc<Proxy>,
     peer: Rc<Peer>,
-    ready: Ready,
+    stream: Watched,
+    conduct: Arc<Conduct>,
     phase: watch::Receiver<Phase>,
     settings: &config::Listener,
 ) -> hyper::Result<()> {
-    let conduct = Conduct::new(settings.timeouts, false, ready.timeout);
     let is_asked = Rc::new(Cell::new(false));
     let guards = Rc::clone(&peer.guards);
     let executor = StreamExecutor::new(proxy.timer().0, settings.timeouts.write);
     let builder = http2_builder(executor.clone(), &settings.http2, settings.limits);
-    let watched = Watched::new(ready.stream, Arc::clone(&conduct));
     let counted = Arc::clone(&conduct);
     let asked = Rc::clone(&is_asked);
     let service = service_fn(move |request: http::Request<hyper::body::Incoming>| {
@@ -285,7 +299,7 @@ async fn serve_http2(
     });
     // Held by the peer and here; by more as long as there is a tunnel, which is a use without requests.
     let has_tunnels = || Rc::strong_count(&guards) > 2;
-    let mut connection = pin!(builder.serve_connection(watched, service));
+    let mut connection = pin!(builder.serve_connection(stream, service));
     let parting = {
         let mut watched = pin!(until_outlasted(connection.as_mut(), &conduct, has_tunnels));
         tokio::select! {

@@ -1,14 +1,21 @@
 //! How many clients may be connected at a time, so that they cannot take the file descriptors that
 //! everything else needs.
 //!
-//! Whoever comes beyond that waits in the kernel's queue until somebody leaves.
+//! Whoever comes beyond that waits in the kernel's queue until somebody leaves; those who have
+//! rested for longest are sent away for that.
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use metrics::Counter;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
+use tokio::time::timeout;
 
 use crate::telemetry::metrics::Metrics;
+
+/// How long room is waited for before it is asked for again.
+const ASK_AGAIN: Duration = Duration::from_millis(250);
 
 /// The places for connections of clients.
 #[derive(Clone)]
@@ -36,15 +43,22 @@ impl Slots {
         }
     }
 
-    /// Waits for a place; who has waited longest gets it. `None` once there are none any more.
-    pub async fn take(&self) -> Option<Slot> {
+    /// Waits for a place; who has waited longest gets it. Meanwhile it asks again and again for room to
+    /// be made. `None` once there are no places any more.
+    pub async fn take(&self, ask_for_room: impl Fn()) -> Option<Slot> {
         let free = Arc::clone(&self.free);
         match Arc::clone(&free).try_acquire_owned() {
             Ok(permit) => Some(Slot(permit)),
             Err(TryAcquireError::Closed) => None,
             Err(TryAcquireError::NoPermits) => {
                 self.reached.increment(1);
-                free.acquire_owned().await.ok().map(Slot)
+                let mut place = pin!(free.acquire_owned());
+                loop {
+                    ask_for_room();
+                    if let Ok(place) = timeout(ASK_AGAIN, place.as_mut()).await {
+                        return place.ok().map(Slot);
+                    }
+                }
             }
         }
     }

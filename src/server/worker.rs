@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tracing::debug;
 
 use crate::proxy::Proxy;
@@ -18,6 +19,7 @@ use crate::snapshot::{Live, Reader};
 use crate::telemetry::metrics::{Metrics, Up, WorkerMetrics};
 use crate::upstream::{Pools, Shortage};
 
+use super::conduct::Clients;
 use super::slots::Slot;
 use super::{Phase, connection};
 
@@ -41,10 +43,19 @@ pub struct Accepted {
     pub slot: Slot,
 }
 
+/// What a worker is told.
+#[derive(Debug)]
+enum Order {
+    /// To serve a connection.
+    Serve(Accepted, Serving),
+    /// To send a client away that rests, since somebody waits for its place.
+    MakeRoom,
+}
+
 /// The way to a worker.
 #[derive(Debug)]
 pub struct WorkerHandle {
-    inbox: mpsc::UnboundedSender<(Accepted, Serving)>,
+    inbox: mpsc::UnboundedSender<Order>,
     load: Arc<AtomicUsize>,
 }
 
@@ -54,7 +65,7 @@ pub(super) struct Serving(Arc<AtomicUsize>);
 
 struct Worker {
     index: usize,
-    inbox: mpsc::UnboundedReceiver<(Accepted, Serving)>,
+    inbox: mpsc::UnboundedReceiver<Order>,
     live: Arc<Live>,
     metrics: Arc<Metrics>,
     via: Via,
@@ -119,7 +130,16 @@ impl WorkerHandle {
     pub fn serve(&self, accepted: Accepted) {
         self.load.fetch_add(1, Ordering::Relaxed);
         let serving = Serving(Arc::clone(&self.load));
-        if self.inbox.send((accepted, serving)).is_err() {
+        self.tell(Order::Serve(accepted, serving));
+    }
+
+    /// Asks for the place of a client that rests, if there is one.
+    pub fn ask_for_room(&self) {
+        self.tell(Order::MakeRoom);
+    }
+
+    fn tell(&self, order: Order) {
+        if self.inbox.send(order).is_err() {
             debug!("the worker is gone");
         }
     }
@@ -147,11 +167,17 @@ impl Worker {
         };
         let proxy = Proxy::new(reader, Rc::clone(&pools), metrics, timeouts, self.via);
         let proxy = Rc::new(proxy);
+        let clients = Rc::new(Clients::default());
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
         loop {
             tokio::select! {
-                handed = self.inbox.recv() => match handed {
-                    Some((accepted, serving)) => drop(tokio::task::spawn_local(connection::serve(Rc::clone(&proxy), accepted, serving))),
+                order = self.inbox.recv() => match order {
+                    Some(Order::Serve(accepted, serving)) => {
+                        let (proxy, clients) = (Rc::clone(&proxy), Rc::clone(&clients));
+                        let served = connection::serve(proxy, clients, accepted, serving);
+                        drop(tokio::task::spawn_local(served));
+                    }
+                    Some(Order::MakeRoom) => clients.make_room(Instant::now()),
                     None => return,
                 },
                 // A worker without requests would hold on to the old snapshot, with its user lists,

@@ -4,7 +4,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use crate::cli::{Running, serin_after};
-use crate::support::{Client, Raw, Upstream, eventually, get, metric, single, with_head};
+use crate::support::{Client, Proxy, Raw, Upstream, eventually, get, metric, single, with_head};
 
 /// CPU time of a process so far, in seconds.
 fn cpu_seconds(process: u32) -> f64 {
@@ -186,4 +186,25 @@ async fn a_drain_serves_those_that_wait_for_a_place() {
         assert!(reply.starts_with("HTTP/1.1 200"), "{reply:?}");
     }
     assert_eq!(running.code(), Some(0));
+}
+
+#[tokio::test]
+async fn clients_that_rest_make_room_for_those_who_wait() {
+    let upstream = Upstream::start("one").await;
+    let config = single(upstream.address, "");
+    let proxy = Proxy::start(&format!(
+        "connections: {{ max: 2 }}\nworkers: 1\nlistenerDefaults: {{ timeouts: {{ idle: 24h }} }}\n{config}"
+    ));
+    let mut resting = Raw::connect(proxy.address()).await;
+    ask(&mut resting).await;
+    let mut busy = Raw::connect(proxy.address()).await;
+    busy.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    eventually("it is under way", || upstream.held() == 1).await;
+    for _ in 0..2 {
+        let mut next = Raw::connect(proxy.address()).await;
+        ask(&mut next).await;
+    }
+    assert_eq!(resting.read_to_end().await, "");
+    upstream.release();
+    busy.read_until("one").await;
 }
