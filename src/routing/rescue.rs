@@ -28,7 +28,7 @@ pub struct Rescue {
 pub struct Retry {
     /// So often at most.
     pub attempts: u32,
-    /// For these statuses.
+    /// For these statuses, by another endpoint; 504 stands for no answer in time as well.
     pub codes: Box<[StatusCode]>,
     /// The pause before the first; none where another endpoint gets what none has seen.
     pub backoff: Duration,
@@ -147,11 +147,14 @@ impl Retry {
         let is_covered = match trouble {
             Trouble::Unsent => true,
             Trouble::Broken => case.is_idempotent,
-            // Waiting as long once more is for those who ask for it.
+            // An endpoint that has answered, or is at its end, would do the same again.
             Trouble::Timeout => {
-                case.is_idempotent && self.codes.contains(&StatusCode::GATEWAY_TIMEOUT)
+                let as_if = StatusCode::GATEWAY_TIMEOUT;
+                case.is_idempotent && case.has_others && self.codes.contains(&as_if)
             }
-            Trouble::Status(status) => case.is_idempotent && self.codes.contains(&status),
+            Trouble::Status(status) => {
+                case.is_idempotent && case.has_others && self.codes.contains(&status)
+            }
         };
         is_covered && case.is_whole && case.retries < self.attempts
     }
@@ -161,7 +164,11 @@ impl Default for Retry {
     fn default() -> Self {
         Self {
             attempts: 1,
-            codes: Box::default(),
+            codes: Box::new([
+                StatusCode::BAD_GATEWAY,
+                StatusCode::SERVICE_UNAVAILABLE,
+                StatusCode::GATEWAY_TIMEOUT,
+            ]),
             backoff: Duration::from_millis(25),
             budget: RetryBudget {
                 share: Ratio(200_000),
@@ -307,17 +314,20 @@ mod tests {
     }
 
     #[test]
-    fn a_timeout_is_shielded_but_waited_for_again_only_if_the_configuration_says_504() {
-        let at_baseline = Case {
-            at_baseline: true,
-            ..GET_AT_CANARY
-        };
-        assert_eq!(remedies(Trouble::Timeout, GET_AT_CANARY), [Remedy::Shield]);
-        assert_eq!(remedies(Trouble::Timeout, at_baseline), []);
-        let mut patient = rescue();
-        patient.retry.codes = Box::new([StatusCode::GATEWAY_TIMEOUT]);
-        let again: Vec<_> = patient.remedies(Trouble::Timeout, &at_baseline).collect();
-        assert_eq!(again, [Remedy::Retry]);
+    fn who_has_answered_or_is_too_slow_is_not_asked_again_but_another_is() {
+        let unavailable = Trouble::Status(StatusCode::SERVICE_UNAVAILABLE);
+        for trouble in [Trouble::Timeout, unavailable] {
+            assert_eq!(remedies(trouble, GET_AT_CANARY), [Remedy::Shield]);
+            let mut case = Case {
+                at_baseline: true,
+                ..GET_AT_CANARY
+            };
+            assert_eq!(remedies(trouble, case), []);
+            case.has_others = true;
+            assert_eq!(remedies(trouble, case), [Remedy::Retry]);
+            case.is_idempotent = false;
+            assert_eq!(remedies(trouble, case), []);
+        }
     }
 
     fn case() -> impl Strategy<Value = Case> {

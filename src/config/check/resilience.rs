@@ -287,7 +287,10 @@ impl Checker<'_> {
 
     fn retry(&mut self, retry: &file::Retry, at: &Path) -> Option<Retry> {
         let default = Retry::default();
-        let codes = self.statuses(&retry.codes, FAILURES, &at.key("codes"));
+        let codes = match &retry.codes {
+            Some(codes) => self.statuses(codes, FAILURES, &at.key("codes"))?.into(),
+            None => default.codes,
+        };
         let backoff = self.duration(
             retry.backoff.as_deref(),
             default.backoff,
@@ -301,7 +304,7 @@ impl Checker<'_> {
         }
         Some(Retry {
             attempts,
-            codes: codes?.into(),
+            codes,
             backoff: backoff?,
             budget: RetryBudget {
                 share: share?,

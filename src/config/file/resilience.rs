@@ -140,10 +140,10 @@ pub struct Retry {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(max = 10))]
     pub attempts: Option<u32>,
-    /// Statuses of responses for which a request with an idempotent method is repeated (default:
-    /// none).
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub codes: Vec<u16>,
+    /// Statuses of responses for which a request with an idempotent method is repeated, if there is
+    /// another endpoint; 504 stands for no answer in time as well (default 502, 503 and 504).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub codes: Option<Vec<u16>>,
     /// A pause before the first repetition, twice as long before the second, by lot between a half and
     /// the whole of it (default 25ms). There is none when another endpoint gets what none has seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
