@@ -629,3 +629,57 @@ async fn an_endpoint_whose_calls_fail_is_ejected() {
     })
     .await;
 }
+
+/// An upstream that answers everything with these bytes, after so many milliseconds.
+async fn answering(answer: &'static str, after: u64) -> SocketAddr {
+    let serve = move |mut stream: TcpStream| async move {
+        while !read_head(&mut stream).await.is_empty() {
+            tokio::time::sleep(std::time::Duration::from_millis(after)).await;
+            if stream.write_all(answer.as_bytes()).await.is_err() {
+                break;
+            }
+        }
+    };
+    upstream(serve).await.0
+}
+
+#[tokio::test]
+async fn an_endpoint_that_does_worse_than_the_others_is_ejected() {
+    let fine = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+    let sorry = "HTTP/1.1 500 no\r\ncontent-length: 0\r\n\r\n";
+    for (cause, bad) in [
+        ("failure_rate", answering(sorry, 0).await),
+        ("latency", answering(fine, 30).await),
+    ] {
+        let good = [answering(fine, 0).await, answering(fine, 0).await];
+        let own = "version: '1', outlierDetection: { consecutiveFailures: 0, minRequests: 10, interval: 300ms },";
+        let all = format!("'{bad}', '{}', '{}'", good[0], good[1]);
+        let config = single(bad, "")
+            .replace(&format!("'{bad}'"), &all)
+            .replace("version: '1',", own);
+        let proxy = Proxy::start(&config);
+        let mut client = Client::connect(proxy.address()).await;
+        let ejected = || proxy.metric("serin_ejections_total", &[("cause", cause)]);
+        while ejected() == 0.0 {
+            client.get("/", &[]).await;
+        }
+        let snapshot = proxy.app().live().load();
+        let usable = snapshot.backends[0].endpoints.iter();
+        let usable: Vec<bool> = usable.map(|one| one.is_usable()).collect();
+        assert_eq!(usable, [false, true, true], "{cause}");
+    }
+}
+
+#[tokio::test]
+async fn repetitions_have_a_budget() {
+    let bad = closing().await;
+    // Ten at a time, of which none may be repeated but three that always may.
+    let rest = "    retry: { budgetPercent: 0, backoff: 2s }\n";
+    let proxy = Proxy::start(&single(bad, rest));
+    let asked = (0..10).map(|_| send(&proxy, Method::GET, "/"));
+    for reply in futures_util::future::join_all(asked).await {
+        assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
+    }
+    let count = |result| proxy.metric("serin_retries_total", &[("result", result)]);
+    assert_eq!((count("sent"), count("over_budget")), (3.0, 7.0));
+}
