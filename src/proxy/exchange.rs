@@ -16,7 +16,7 @@ use crate::telemetry::access_log::{Line, LogValue, WorkerLog};
 use crate::telemetry::metrics::{MethodLabel, Metrics, Protocol, TargetMetrics, WorkerMetrics};
 use crate::telemetry::trace_context::TraceContext;
 
-use super::body::{self, Progress};
+use super::body::Progress;
 use super::error::client_gone;
 use super::grpc;
 use super::origin::Origin;
@@ -370,10 +370,9 @@ impl Exchange {
 
     /// Its answer is whole: what its client still sends is for nobody.
     pub fn linger(&self) {
-        let body = self.request_body.as_ref().and_then(Progress::left);
         // In HTTP/1 that is up to the whole connection.
-        if let Some(body) = body.filter(|_| self.protocol == Protocol::Http2) {
-            body::linger(body);
+        if let (Protocol::Http2, Some(body)) = (self.protocol, &self.request_body) {
+            body.linger();
         }
     }
 

@@ -1,0 +1,73 @@
+//! What was sent of the body of a request, for as long as it is little.
+
+use bytes::Bytes;
+use http::header::HeaderMap;
+use hyper::body::Frame;
+
+/// What was sent of a body, for as long as it is little, so that it can be sent again.
+#[derive(Debug)]
+pub(super) struct Replay {
+    /// What was sent, in order.
+    kept: Vec<Bytes>,
+    trailers: Option<HeaderMap>,
+    /// How much more may be kept.
+    room: usize,
+    /// How much of it has been sent again.
+    position: usize,
+}
+
+// === impl Replay ===
+
+impl Replay {
+    /// Keeps so many bytes; `None` if none are to be kept.
+    pub(super) fn new(kept: usize) -> Option<Box<Self>> {
+        let empty = || Self {
+            kept: Vec::new(),
+            trailers: None,
+            room: kept,
+            position: 0,
+        };
+        (kept > 0).then(|| Box::new(empty()))
+    }
+
+    /// Keeps a part that is sent for the first time; false when it is too large.
+    pub(super) fn keep(&mut self, frame: &Frame<Bytes>) -> bool {
+        match (frame.data_ref(), frame.trailers_ref()) {
+            (Some(data), _) if data.len() > self.room => return false,
+            (Some(data), _) => {
+                self.room -= data.len();
+                self.kept.push(data.clone());
+            }
+            (None, trailers) => self.trailers = trailers.cloned(),
+        }
+        self.position += 1;
+        true
+    }
+
+    /// From now on it is sent again.
+    pub(super) fn rewind(&mut self) {
+        self.position = 0;
+    }
+
+    /// The next part that was sent before.
+    pub(super) fn next(&mut self) -> Option<Frame<Bytes>> {
+        let position = self.position;
+        let frame = match self.kept.get(position) {
+            Some(data) => Frame::data(data.clone()),
+            None if position == self.kept.len() => Frame::trailers(self.trailers.clone()?),
+            None => return None,
+        };
+        self.position += 1;
+        Some(frame)
+    }
+
+    pub(super) fn has_next(&self) -> bool {
+        self.position < self.kept.len() + usize::from(self.trailers.is_some())
+    }
+
+    /// The bytes that will be sent again.
+    pub(super) fn left(&self) -> u64 {
+        let kept = self.kept.iter().skip(self.position);
+        kept.map(|data| data.len() as u64).sum()
+    }
+}
