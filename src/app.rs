@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::admin::Admin;
+use crate::backend::Impediment;
 use crate::config::document::Path;
 use crate::config::load::Loaded;
 use crate::config::watch::{ReloadRequest, Reloader};
@@ -43,6 +44,9 @@ use crate::upstream::Shortage;
 
 /// How often a drain looks whether it is over.
 const DRAIN_TICK: Duration = Duration::from_millis(10);
+
+/// How often a start looks whether endpoints have been asked.
+const CHECKS_TICK: Duration = Duration::from_millis(5);
 
 /// How long threads may take to end that have nothing left to do, and how often they are looked at.
 const THREADS_LIMIT: Duration = Duration::from_secs(2);
@@ -207,6 +211,25 @@ impl App {
             control_thread,
             stop,
         })
+    }
+
+    /// Waits until every endpoint that has to pass a health check has been asked once, or should have
+    /// been: until then users of a version that is well might get the baseline.
+    pub fn await_first_checks(&self) {
+        let snapshot = self.live.load();
+        let checked = || {
+            let backends = snapshot.backends.iter();
+            backends.filter_map(|backend| Some((backend, backend.health_check.as_ref()?)))
+        };
+        let limit = checked().map(|(_, check)| check.timeout).max();
+        let ends = Instant::now() + limit.unwrap_or_default();
+        let is_unchecked = || {
+            let mut endpoints = checked().flat_map(|(backend, _)| &backend.endpoints);
+            endpoints.any(|endpoint| endpoint.is_impeded_by(Impediment::Unchecked))
+        };
+        while is_unchecked() && Instant::now() < ends {
+            std::thread::sleep(CHECKS_TICK);
+        }
     }
 
     /// Where the admin listener is bound.

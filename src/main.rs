@@ -84,6 +84,7 @@ fn run_proxy(run: &cli::Run) -> ExitCode {
         Ok(app) => app,
         Err(problems) => return fail_with(&problems),
     };
+    app.await_first_checks();
     // Only now the predecessor lets go: whatever went wrong before has changed nothing for it.
     if let Some(predecessor) = succession.predecessor {
         predecessor.relieve();

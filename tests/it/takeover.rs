@@ -13,7 +13,9 @@ use tempfile::TempDir;
 
 use crate::cli::{Running, serin_after};
 use crate::support::load::Load;
-use crate::support::{Client, Raw, Reply, Upstream, eventually, get, metric, single, with_head};
+use crate::support::{
+    Client, Raw, Reply, Upstream, eventually, get, metric, shop, single, with_head,
+};
 
 /// A configuration in a directory of its own, and a path for the socket.
 struct Site {
@@ -373,4 +375,21 @@ async fn a_service_manager_is_told_when_it_serves_and_when_it_ends() {
     assert_eq!(hears(), ready);
     running.signal("-TERM");
     assert_eq!(hears(), "STOPPING=1\n");
+}
+
+/// Without it, the canary's users would get the baseline for as long as the first checks take.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_successor_is_ready_once_endpoints_have_been_asked() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let check = "version: '2', healthCheck: { http: { path: /delay/300 }, interval: 10s },";
+    let config = shop(stable.address, canary.address, (0, 1), "");
+    let site = Site::new(&config.replace("version: '2',", check));
+    let (mut first, web, _) = site.serving();
+    eventually("the canary is healthy", || canary.requests() > 0).await;
+    let _second = site.serving();
+    assert_eq!(first.code(), Some(0));
+    assert_eq!(get(web, "/", &[]).await.text(), "canary");
 }
