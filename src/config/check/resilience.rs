@@ -16,6 +16,7 @@ use crate::config::{Failover, file, value};
 use crate::routing::BASELINE;
 use crate::routing::rescue::{Rescue, Retry, RetryBudget, Shield, ShieldedRequests};
 use crate::routing::split::Ratio;
+use crate::routing::table::Hostname;
 
 use super::{Checker, Names};
 
@@ -38,6 +39,7 @@ const SLOW_START: Duration = Duration::from_secs(10);
 /// Retries that are allowed at any time.
 const LEAST_RETRIES: usize = 3;
 
+const ANSWERS: RangeInclusive<u32> = 1..=100;
 const PERCENT: RangeInclusive<u32> = 0..=100;
 const STATUSES: RangeInclusive<u16> = 200..=599;
 const FAILURES: RangeInclusive<u16> = 400..=599;
@@ -138,7 +140,8 @@ impl Checker<'_> {
             &at.key("queueTimeout"),
         );
         let in_flight = self.count(limits.in_flight, &at.key("inFlight"));
-        self.count(limits.connections, &at.key("connections"))?;
+        let connections = self.count(limits.connections, &at.key("connections"));
+        connections?;
         Some(GateLimits {
             in_flight: in_flight?.unwrap_or(most),
             queue: limits.queue.map_or(default.queue, |queue| queue as usize),
@@ -163,17 +166,30 @@ impl Checker<'_> {
             &at.key("interval"),
         );
         let timeout = self.positive(check.timeout.as_deref(), CHECK_TIMEOUT, &at.key("timeout"));
-        let healthy_after = self.count(check.healthy_after, &at.key("healthyAfter"));
-        let unhealthy_after = self.count(check.unhealthy_after, &at.key("unhealthyAfter"));
-        healthy_after?;
-        unhealthy_after?;
+        let healthy_after =
+            self.answers(check.healthy_after, HEALTHY_AFTER, &at.key("healthyAfter"));
+        let unhealthy_after = self.answers(
+            check.unhealthy_after,
+            UNHEALTHY_AFTER,
+            &at.key("unhealthyAfter"),
+        );
         Some(HealthCheck {
             probe: probe?,
             interval: interval?,
             timeout: timeout?,
-            healthy_after: check.healthy_after.unwrap_or(HEALTHY_AFTER),
-            unhealthy_after: check.unhealthy_after.unwrap_or(UNHEALTHY_AFTER),
+            healthy_after: healthy_after?,
+            unhealthy_after: unhealthy_after?,
         })
+    }
+
+    /// How many answers in a row change an opinion.
+    fn answers(&mut self, count: Option<u32>, default: u32, at: &Path) -> Option<u32> {
+        let count = count.unwrap_or(default);
+        if !ANSWERS.contains(&count) {
+            self.error(at, format!("{count} is not between 1 and 100"), None);
+            return None;
+        }
+        Some(count)
     }
 
     fn probe(&mut self, check: &file::HealthCheck, at: &Path) -> Option<Probe> {
@@ -199,7 +215,9 @@ impl Checker<'_> {
                 .ok_or_else(|| "is not a path such as `/healthz`".to_owned())
         });
         let host = self.optional(http.hostname.as_deref(), &at.key("hostname"), |text| {
-            value::hostname(text)?;
+            if let Hostname::Wildcard(_) = value::hostname(text)? {
+                return Err("is not the name of one host".to_owned());
+            }
             HeaderValue::from_str(text).map_err(|_| "is not a host name".to_owned())
         });
         let statuses = self.statuses(&http.statuses, STATUSES, &at.key("statuses"));
@@ -287,10 +305,7 @@ impl Checker<'_> {
 
     fn retry(&mut self, retry: &file::Retry, at: &Path) -> Option<Retry> {
         let default = Retry::default();
-        let codes = match &retry.codes {
-            Some(codes) => self.statuses(codes, FAILURES, &at.key("codes"))?.into(),
-            None => default.codes,
-        };
+        let codes = self.failures(retry.codes.as_deref(), default.codes, &at.key("codes"));
         let backoff = self.duration(
             retry.backoff.as_deref(),
             default.backoff,
@@ -304,7 +319,7 @@ impl Checker<'_> {
         }
         Some(Retry {
             attempts,
-            codes,
+            codes: codes?,
             backoff: backoff?,
             budget: RetryBudget {
                 share: share?,
@@ -315,17 +330,15 @@ impl Checker<'_> {
     }
 
     fn shield(&mut self, shield: &file::Shield, at: &Path) -> Option<Shield> {
-        let codes = match &shield.codes {
-            Some(codes) => self.statuses(codes, FAILURES, &at.key("codes"))?.into(),
-            None => Shield::default().codes,
-        };
+        let default = Shield::default().codes;
+        let codes = self.failures(shield.codes.as_deref(), default, &at.key("codes"));
         Some(Shield {
             requests: match shield.requests {
                 file::ShieldedRequests::Idempotent => ShieldedRequests::Idempotent,
                 file::ShieldedRequests::Unsent => ShieldedRequests::Unsent,
                 file::ShieldedRequests::None => ShieldedRequests::None,
             },
-            codes,
+            codes: codes?,
         })
     }
 
@@ -346,6 +359,18 @@ impl Checker<'_> {
             file::WhenMoved::Pin => None,
             file::WhenMoved::Drain => Some(deadline?),
             file::WhenMoved::Cut => Some(Duration::ZERO),
+        })
+    }
+
+    /// Statuses that say that a request has failed.
+    fn failures(
+        &mut self,
+        codes: Option<&[u16]>,
+        default: Box<[StatusCode]>,
+        at: &Path,
+    ) -> Option<Box<[StatusCode]>> {
+        codes.map_or(Some(default), |codes| {
+            self.statuses(codes, FAILURES, at).map(Into::into)
         })
     }
 
