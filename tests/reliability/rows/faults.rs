@@ -177,6 +177,13 @@ fn promises(described: &Described, place: Place) -> Vec<Promise> {
         Cause::Swaps | Cause::Network(Fault::Refuse | Fault::Shape(_)) => {
             vec![Promise::none_of(Which::ALL)]
         }
+        // Nothing is sent again once an endpoint has answered, also if its client has not heard of it.
+        Cause::Network(Fault::Reset(When::AfterHead)) => {
+            vec![Promise::new(
+                Measure::Failed(Which::GETS),
+                described.unavoidable,
+            )]
+        }
         _ if described.unavoidable > 0.0 => vec![
             Promise::none_of(Which::GETS_NOT_CUT_OFF),
             Promise::new(Measure::Failed(Which::GETS), described.unavoidable),
