@@ -433,7 +433,7 @@ impl Proxy {
                 };
                 let stay = verdict.stay.filter(may_be_moved);
                 Ok(Answer {
-                    stay: stay.map(|stay| self.stays.begin(stay, self.timeouts.timeout())),
+                    stay: stay.map(|stay| self.stays.begin(*stay, self.timeouts.timeout())),
                     response,
                     lease,
                     loan,

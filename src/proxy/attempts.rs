@@ -253,8 +253,8 @@ impl<'s> Again<'s> {
                 Remedy::Retry => {
                     let retry = &self.route.rescue.retry;
                     let pass = target.backend.gate.try_retry(&retry.budget);
-                    exchange.retried(pass.is_some());
                     if pass.is_none() {
+                        exchange.retried(false);
                         continue;
                     }
                     let die = way.proxy.dice.borrow_mut().f64();
@@ -333,7 +333,10 @@ impl<'s> Again<'s> {
             Err(error) => exchange.attempt_failed(error.token()),
         }
         match next.remedy {
-            Remedy::Retry => self.retries += 1,
+            Remedy::Retry => {
+                self.retries += 1;
+                exchange.retried(true);
+            }
             Remedy::Shield => {
                 self.retries = 0;
                 exchange.shielded_by(next.target, status, grpc);

@@ -98,9 +98,9 @@ impl Stay {
 
 impl Stays {
     /// A stream begins, and is looked at until what is returned is dropped.
-    pub fn begin(&self, decided: Box<Decided>, over: Timeout) -> Rc<Stay> {
+    pub fn begin(&self, decided: Decided, over: Timeout) -> Rc<Stay> {
         let stay = Rc::new(Stay {
-            decided: *decided,
+            decided,
             is_moved: Cell::new(false),
             over,
         });

@@ -122,7 +122,8 @@ impl Rescue {
 
     /// True when a response with this status may not be the last word.
     pub fn concerns(&self, status: StatusCode) -> bool {
-        self.retry.codes.contains(&status) || self.shield.codes.contains(&status)
+        let is_failure = status.is_client_error() || status.is_server_error();
+        is_failure && (self.retry.codes.contains(&status) || self.shield.codes.contains(&status))
     }
 
     /// True when nothing is ever done.
