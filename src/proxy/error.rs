@@ -122,11 +122,8 @@ impl ProxyError {
     /// What it means for sending the request again; `None` where that is out of the question.
     pub fn trouble(&self) -> Option<Trouble> {
         match self {
-            Self::Connect(_)
-            | Self::ConnectTimeout
-            | Self::Unsent(_)
-            | Self::Crowded(_)
-            | Self::Exhausted(_) => Some(Trouble::Unsent),
+            Self::Crowded(_) | Self::Exhausted(_) => Some(Trouble::Crowded),
+            Self::Connect(_) | Self::ConnectTimeout | Self::Unsent(_) => Some(Trouble::Unsent),
             Self::Terminated(_) | Self::Malformed(_) => Some(Trouble::Broken),
             Self::Timeout => Some(Trouble::Timeout),
             _ => None,

@@ -71,6 +71,8 @@ pub enum ShieldedRequests {
 /// What has happened to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
+    /// Its backend has no room for it, which waiting once more would not change.
+    Crowded,
     /// No endpoint has seen it, or one has said that it did nothing.
     Unsent,
     /// There is no telling what the endpoint did.
@@ -146,6 +148,7 @@ impl Retry {
 
     fn allows(&self, trouble: Trouble, case: &Case) -> bool {
         let is_covered = match trouble {
+            Trouble::Crowded => false,
             Trouble::Unsent => true,
             Trouble::Broken => case.is_idempotent,
             // An endpoint that has answered, or is at its end, would do the same again.
@@ -185,7 +188,7 @@ impl Default for Retry {
 impl Shield {
     fn allows(&self, trouble: Trouble, case: &Case) -> bool {
         let is_covered = match trouble {
-            Trouble::Unsent => true,
+            Trouble::Crowded | Trouble::Unsent => true,
             Trouble::Broken | Trouble::Timeout => case.is_idempotent,
             // Whoever asks for a version wants to see what it says.
             Trouble::Status(status) => {
@@ -194,7 +197,7 @@ impl Shield {
         };
         let is_asked = match self.requests {
             ShieldedRequests::None => false,
-            ShieldedRequests::Unsent => trouble == Trouble::Unsent,
+            ShieldedRequests::Unsent => matches!(trouble, Trouble::Crowded | Trouble::Unsent),
             ShieldedRequests::Idempotent => true,
         };
         is_covered && is_asked && case.is_whole && !case.at_baseline
@@ -249,6 +252,19 @@ mod tests {
         }
         assert_eq!(remedies(status(501), GET_AT_CANARY), []);
         assert_eq!(remedies(status(404), GET_AT_CANARY), []);
+    }
+
+    #[test]
+    fn who_finds_no_room_is_not_sent_to_the_end_of_the_queue_again() {
+        for (at_baseline, expected) in [(false, vec![Remedy::Shield]), (true, vec![])] {
+            let case = Case {
+                is_idempotent: false,
+                has_others: true,
+                at_baseline,
+                ..GET_AT_CANARY
+            };
+            assert_eq!(remedies(Trouble::Crowded, case), expected);
+        }
     }
 
     #[test]
@@ -345,7 +361,12 @@ mod tests {
     fn trouble() -> impl Strategy<Value = Trouble> {
         let status =
             (500_u16..600).prop_map(|code| Trouble::Status(StatusCode::from_u16(code).unwrap()));
-        let plain = vec![Trouble::Unsent, Trouble::Broken, Trouble::Timeout];
+        let plain = vec![
+            Trouble::Crowded,
+            Trouble::Unsent,
+            Trouble::Broken,
+            Trouble::Timeout,
+        ];
         prop_oneof![prop::sample::select(plain), status]
     }
 
@@ -353,7 +374,8 @@ mod tests {
         #[test]
         fn nothing_that_may_have_had_an_effect_is_sent_twice(case in case(), trouble in trouble()) {
             let any = remedies(trouble, case);
-            if !case.is_idempotent && trouble != Trouble::Unsent || !case.is_whole {
+            let is_unseen = matches!(trouble, Trouble::Crowded | Trouble::Unsent);
+            if !case.is_idempotent && !is_unseen || !case.is_whole {
                 prop_assert_eq!(any, []);
             }
         }
