@@ -6,7 +6,7 @@
 
 pub mod checks;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -66,6 +66,8 @@ impl Watch {
                 self.compare(backend, policy, now);
             }
         }
+        let names: HashSet<_> = snapshot.backends.iter().map(|one| &one.name).collect();
+        self.compared.retain(|backend, _| names.contains(backend));
         self.records.retain(|endpoint, record| {
             record.is_known() && snapshot.connection_policy(*endpoint).is_some()
         });

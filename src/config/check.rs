@@ -148,10 +148,11 @@ impl Checker<'_> {
             &root.key("routes"),
         );
 
+        let baselines = resilience::baselines(&file.routes);
         let backends = self.each(
             &file.backends,
             &root.key("backends"),
-            |checker, backend, at| checker.backend(backend, &file.routes, at),
+            |checker, backend, at| checker.backend(backend, &baselines, at),
         );
         let user_lists = self.each(
             &file.user_lists,

@@ -9,7 +9,7 @@ use crate::config::document::Path;
 use crate::config::{Backend, file, value};
 
 use super::Checker;
-use super::resilience::Resilience;
+use super::resilience::{Baselines, Resilience};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -19,7 +19,7 @@ impl Checker<'_> {
     pub(super) fn backend(
         &mut self,
         backend: &file::Backend,
-        routes: &[file::Route],
+        baselines: &Baselines<'_>,
         at: &Path,
     ) -> Option<Backend> {
         let name = self.name(&backend.name, at);
@@ -39,7 +39,7 @@ impl Checker<'_> {
         let connections = self.connection_policy(backend, at);
         let transport = self.transport(backend, at);
         let (transport, own_certificate) = transport.unzip();
-        let resilience = self.resilience(backend, routes, at);
+        let resilience = self.resilience(backend, baselines, at);
         let Resilience {
             gate_limits,
             health_check,
@@ -83,6 +83,10 @@ impl Checker<'_> {
             POOL_IDLE_TIMEOUT,
             &idle,
         );
+        let most = self.count(
+            backend.limits.connections,
+            &at.key("limits").key("connections"),
+        );
         if connect_timeout == Some(Duration::ZERO) {
             self.error(
                 &connect,
@@ -94,7 +98,7 @@ impl Checker<'_> {
             connect_timeout: connect_timeout?,
             idle_timeout: idle_timeout?,
             max_idle: backend.pool.max_idle.unwrap_or(POOL_MAX_IDLE) as usize,
-            most: backend.limits.connections.map(|most| most as usize),
+            most: most?,
         })
     }
 

@@ -1,5 +1,6 @@
 //! Checks what happens when endpoints fail: health, outliers, limits, failover, retries.
 
+use std::collections::HashSet;
 use std::num::NonZeroU32;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -65,17 +66,23 @@ impl Role {
         panic_percent: 0,
     };
 
-    fn of(backend: &file::Backend, routes: &[file::Route]) -> Self {
-        let is_baseline = |route: &file::Route| {
-            let first = route.backend_refs.get(BASELINE);
-            first.is_some_and(|first| first.name == backend.name)
-        };
-        if routes.iter().any(is_baseline) {
+    fn of(backend: &file::Backend, baselines: &Baselines<'_>) -> Self {
+        if baselines.contains(&*backend.name) {
             Self::BASELINE
         } else {
             Self::OTHER
         }
     }
+}
+
+/// The backends that are the baseline of some route: found once, since there may be many of both.
+pub(super) type Baselines<'f> = HashSet<&'f str>;
+
+pub(super) fn baselines(routes: &[file::Route]) -> Baselines<'_> {
+    let first = routes
+        .iter()
+        .filter_map(|route| route.backend_refs.get(BASELINE));
+    first.map(|one| &*one.name).collect()
 }
 
 /// What of a backend is about endpoints that fail.
@@ -91,10 +98,10 @@ impl Checker<'_> {
     pub(super) fn resilience(
         &mut self,
         backend: &file::Backend,
-        routes: &[file::Route],
+        baselines: &Baselines<'_>,
         at: &Path,
     ) -> Option<Resilience> {
-        let role = Role::of(backend, routes);
+        let role = Role::of(backend, baselines);
         let gate_limits = self.gate_limits(&backend.limits, role.in_flight, &at.key("limits"));
         let health_check = match &backend.health_check {
             Some(check) => self
@@ -140,8 +147,6 @@ impl Checker<'_> {
             &at.key("queueTimeout"),
         );
         let in_flight = self.count(limits.in_flight, &at.key("inFlight"));
-        let connections = self.count(limits.connections, &at.key("connections"));
-        connections?;
         Some(GateLimits {
             in_flight: in_flight?.unwrap_or(most),
             queue: limits.queue.map_or(default.queue, |queue| queue as usize),
@@ -150,7 +155,7 @@ impl Checker<'_> {
     }
 
     /// A limit that would let nothing through if it were 0.
-    fn count(&mut self, count: Option<u32>, at: &Path) -> Option<Option<usize>> {
+    pub(super) fn count(&mut self, count: Option<u32>, at: &Path) -> Option<Option<usize>> {
         if count == Some(0) {
             self.error(at, "with 0 nothing would get through", None);
             return None;

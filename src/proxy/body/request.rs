@@ -32,8 +32,8 @@ pub struct RequestBody {
     replay: Option<Box<Replay>>,
 }
 
-/// A body of which nobody sends anything any more.
-#[derive(Debug)]
+/// A body of which nobody sends anything any more; by default there was none.
+#[derive(Debug, Default)]
 pub(super) struct Remains {
     pub(super) incoming: Option<Incoming>,
     rules: Option<Box<BodyRules>>,
@@ -344,20 +344,6 @@ impl Drop for RequestBody {
                 replay: self.replay.take(),
             };
             sent.leave(remains);
-        }
-    }
-}
-
-// === impl Remains ===
-
-impl Default for Remains {
-    /// Those of no body.
-    fn default() -> Self {
-        Self {
-            incoming: None,
-            rules: None,
-            json: None,
-            replay: None,
         }
     }
 }
