@@ -45,3 +45,4 @@ pub mod telemetry;
 pub mod tls;
 pub mod transcode;
 pub mod upstream;
+mod weak_list;

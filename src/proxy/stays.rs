@@ -4,7 +4,7 @@
 //! A stream takes part with what it was decided by. Each worker looks at its own whenever there is a
 //! new snapshot, and only on routes that do not let streams stay does any of this cost anything.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use crate::routing::{Decision, Reason};
 use crate::snapshot::{Route, Snapshot};
+use crate::weak_list::WeakList;
 
 use super::timeouts::Timeout;
 
@@ -39,14 +40,7 @@ pub struct Stay {
 
 /// The streams of one worker.
 #[derive(Debug, Default)]
-pub struct Stays {
-    all: RefCell<Vec<Weak<Stay>>>,
-    /// How many there may be before those that have ended are forgotten.
-    room: Cell<usize>,
-}
-
-/// Fewer streams than these are not worth looking through.
-const LEAST_ROOM: usize = 64;
+pub struct Stays(WeakList<Weak<Stay>>);
 
 // === impl Decided ===
 
@@ -104,19 +98,13 @@ impl Stays {
             is_moved: Cell::new(false),
             over,
         });
-        let mut all = self.all.borrow_mut();
-        if all.len() >= self.room.get() {
-            all.retain(|stay| stay.strong_count() > 0);
-            self.room.set((all.len() * 2).max(LEAST_ROOM));
-        }
-        all.push(Rc::downgrade(&stay));
+        self.0.add(Rc::downgrade(&stay));
         stay
     }
 
     /// There is a new snapshot: whom it moves has to go.
     pub fn follow(&self, snapshot: &Snapshot, now: Instant) {
-        let stays = self.all.borrow();
-        for stay in stays.iter().filter_map(Weak::upgrade) {
+        for stay in self.0.living() {
             let is_moved = stay.decided.is_moved_by(snapshot);
             if is_moved != stay.is_moved.replace(is_moved) {
                 let over = is_moved.then_some(now + stay.decided.deadline);

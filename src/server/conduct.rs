@@ -1,7 +1,6 @@
 //! How long the client of a connection may take: for a request head, between requests, and to take
 //! what it is sent.
 
-use std::cell::{Cell, RefCell};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
@@ -14,6 +13,7 @@ use crate::config::ListenerTimeouts;
 use crate::proxy::body::{LINGER, LINGER_BYTES};
 use crate::proxy::timeouts::Timeout;
 use crate::stream::Stream;
+use crate::weak_list::WeakList;
 
 /// What a client does with its connection, and how long it may go on so.
 ///
@@ -66,17 +66,10 @@ pub(super) struct Busy(Arc<Conduct>);
 
 /// The clients of one worker, as far as one may have to be sent away to make room.
 #[derive(Debug, Default)]
-pub(super) struct Clients {
-    all: RefCell<Vec<Weak<Conduct>>>,
-    /// How many there may be before those that have gone are forgotten.
-    room: Cell<usize>,
-}
+pub(super) struct Clients(WeakList<Weak<Conduct>>);
 
 /// Who has rested for less than this may be about to ask again.
 const LEAST_REST: Duration = Duration::from_secs(1);
-
-/// Fewer clients than these are not worth looking through.
-const LEAST_ROOM: usize = 64;
 
 /// A client's connection whose use is watched.
 #[derive(Debug)]
@@ -239,18 +232,12 @@ impl Conduct {
 impl Clients {
     /// A client has come.
     pub(super) fn come(&self, conduct: &Arc<Conduct>) {
-        let mut all = self.all.borrow_mut();
-        if all.len() >= self.room.get() {
-            all.retain(|one| one.strong_count() > 0);
-            self.room.set((all.len() * 2).max(LEAST_ROOM));
-        }
-        all.push(Arc::downgrade(conduct));
+        self.0.add(Arc::downgrade(conduct));
     }
 
     /// Sends the client away that has rested for longest, if it has rested for long enough.
     pub(super) fn make_room(&self, now: Instant) {
-        let all = self.all.borrow();
-        let resting = all.iter().filter_map(Weak::upgrade).filter_map(|one| {
+        let resting = self.0.living().into_iter().filter_map(|one| {
             let since = one.resting_since()?;
             Some((since, one))
         });
