@@ -109,8 +109,8 @@ struct Routed<'s> {
     endpoint: &'s Arc<Endpoint>,
     /// `None` as long as the backend has no room.
     lease: Option<Lease>,
-    /// What it is sent again from, where that may be.
-    again: Option<Box<Again<'s>>>,
+    /// What it is sent again from, or for the first time once there is room.
+    again: Box<Again<'s>>,
 }
 
 /// The head of an upstream's response, with what has to be held on to until its body ends.
@@ -290,19 +290,10 @@ impl Proxy {
             .gate
             .try_enter(&backend.gate_limits)
             .map(|pass| endpoint.lease(pass));
-        let may_go_on = lease.is_none() || !route.rescue.is_none();
-        let again = may_go_on.then(|| {
-            Box::new(Again::new(
-                route,
-                target,
-                &parts,
-                reason,
-                addresses.as_deref(),
-            ))
-        });
+        let again = Again::new(route, target, &parts, reason, addresses.as_deref());
         backend.request_headers.apply(&mut parts.headers);
         let rules = || BodyRules {
-            kept: again.as_deref().map_or(0, Again::body_buffer),
+            kept: again.body_buffer(),
             limit,
             gap: origin.body_gap().filter(|_| !is_call),
             rest: route.tunnel_idle,
@@ -317,7 +308,10 @@ impl Proxy {
                 RequestBody::translated(body, exchange.sent_at(), rules, translation)
             }
         };
-        exchange.sent_to(endpoint, progress.clone());
+        exchange.has_body(progress.clone());
+        if lease.is_some() {
+            exchange.sent_to(endpoint);
+        }
         Ok(Routed {
             request: Request::from_parts(parts, body),
             needs,
@@ -331,7 +325,7 @@ impl Proxy {
             verdict,
             endpoint,
             lease,
-            again,
+            again: Box::new(again),
         })
     }
 
@@ -387,7 +381,7 @@ impl Proxy {
             verdict,
             endpoint,
             lease,
-            again,
+            mut again,
         } = routed;
         let begun = lease.map(|lease| {
             let backend = &target.backend;
@@ -396,22 +390,23 @@ impl Proxy {
             (lease, sending)
         });
         Box::pin(async move {
+            let way = Way {
+                proxy: self,
+                limits: &limits,
+                needs,
+            };
+            // Boxed, but for the first: few requests need another attempt, or have to wait.
             let mut tried = match begun {
                 Some((lease, mut sending)) => {
                     let sent = limits.wait(sending.as_mut(), &progress).await;
                     Tried::new(target, lease, sent)
                 }
-                None => Tried::crowded(target),
+                None => {
+                    let body = progress.clone();
+                    Box::pin(again.wait_for_room(way, target, body, &mut exchange)).await
+                }
             };
-            if let Some(again) = again
-                && again.concerns(&tried)
-            {
-                let way = Way {
-                    proxy: self,
-                    limits: &limits,
-                    needs,
-                };
-                // Boxed, since few requests come this way.
+            if again.concerns(&tried) {
                 tried = Box::pin(again.go_on(way, tried, progress.clone(), &mut exchange)).await;
             }
             let translation = exchange.translation();

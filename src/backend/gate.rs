@@ -66,12 +66,15 @@ impl Gate {
         self.enter_if_room(limits)
     }
 
-    /// Lets a request in, as soon as there is room.
+    /// Lets a request in, as soon as there is room: at once, if there is and nobody waits.
     ///
     /// # Errors
     ///
     /// See [`Crowded`].
     pub async fn enter(&self, limits: &GateLimits) -> Result<Pass<'_>, Crowded> {
+        if let Some(pass) = self.try_enter(limits) {
+            return Ok(pass);
+        }
         let _waiting = self.queue_up(limits)?;
         let ends = Instant::now() + limits.queue_timeout;
         loop {
@@ -261,10 +264,7 @@ mod tests {
             let (gate, most) = (Arc::clone(&gate), Arc::clone(&most));
             tokio::spawn(async move {
                 for _ in 0..200 {
-                    let pass = match gate.try_enter(&limits) {
-                        Some(pass) => pass,
-                        None => gate.enter(&limits).await.unwrap(),
-                    };
+                    let pass = gate.enter(&limits).await.unwrap();
                     most.fetch_max(gate.inside(), Ordering::SeqCst);
                     tokio::task::yield_now().await;
                     drop(pass);

@@ -12,7 +12,7 @@ use hyper::body::{Body, Incoming};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::backend::gate::RetryPass;
-use crate::backend::{Crowded, EndpointId, Lease, UpstreamProtocol};
+use crate::backend::{EndpointId, Lease, UpstreamProtocol};
 use crate::routing::rescue::{Case, Remedy, Trouble};
 use crate::routing::{BASELINE, Reason};
 use crate::snapshot::{Route, RouteTarget};
@@ -114,15 +114,6 @@ impl<'s> Tried<'s> {
         }
     }
 
-    /// One that found no room at once, and has to wait.
-    pub(super) fn crowded(target: &'s RouteTarget) -> Self {
-        Self {
-            target,
-            endpoint: None,
-            outcome: Err(ProxyError::Crowded(Crowded::QueueFull)),
-        }
-    }
-
     fn trouble(&self) -> Option<Trouble> {
         match &self.outcome {
             Ok(responded) => Some(Trouble::Status(responded.response.status())),
@@ -191,11 +182,6 @@ impl<'s> Again<'s> {
         exchange: &mut Exchange,
     ) -> Tried<'s> {
         let mut tried = first;
-        if tried.endpoint.is_none() {
-            tried = self
-                .wait_for_room(way, tried, &mut progress, exchange)
-                .await;
-        }
         while let Some(trouble) = tried.trouble() {
             self.failed.extend(tried.endpoint);
             let Some(next) = self.next(way, trouble, &tried, &progress, exchange).await else {
@@ -212,20 +198,23 @@ impl<'s> Again<'s> {
         tried
     }
 
-    /// The first attempt, of a request that had to wait.
-    async fn wait_for_room(
+    /// The first attempt, of a request that has to wait for room.
+    pub(super) async fn wait_for_room(
         &mut self,
         way: Way<'_>,
-        first: Tried<'s>,
-        progress: &mut Progress,
+        target: &'s RouteTarget,
+        mut progress: Progress,
         exchange: &mut Exchange,
     ) -> Tried<'s> {
-        let target = first.target;
         match self.enter(way, target, exchange).await {
-            Ok(lease) => self.attempt(way, target, lease, progress, exchange).await,
+            Ok(lease) => {
+                self.attempt(way, target, lease, &mut progress, exchange)
+                    .await
+            }
             Err(error) => Tried {
+                target,
+                endpoint: None,
                 outcome: Err(error),
-                ..first
             },
         }
     }
@@ -296,17 +285,11 @@ impl<'s> Again<'s> {
         exchange: &Exchange,
     ) -> Result<Lease, ProxyError> {
         let backend = &target.backend;
-        let limits = &backend.gate_limits;
-        let pass = match backend.gate.try_enter(limits) {
-            Some(pass) => pass,
-            None => match backend.gate.enter(limits).await {
-                Ok(pass) => pass,
-                Err(why) => {
-                    exchange.found_no_room(backend, why);
-                    return Err(ProxyError::Crowded(why));
-                }
-            },
-        };
+        let pass = backend.gate.enter(&backend.gate_limits).await;
+        let pass = pass.map_err(|why| {
+            exchange.found_no_room(target, why);
+            ProxyError::Crowded(why)
+        })?;
         let die = way.proxy.roll();
         backend
             .choose(die, Instant::now(), &self.failed)
@@ -363,7 +346,8 @@ impl<'s> Again<'s> {
             };
         };
         let request = self.request(target, body);
-        exchange.sent_to(lease.endpoint(), progress.clone());
+        exchange.has_body(progress.clone());
+        exchange.sent_to(lease.endpoint());
         let sent = {
             let addresses = self.addresses.clone();
             let (backend, endpoint) = (&target.backend, lease.endpoint());

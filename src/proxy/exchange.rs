@@ -8,7 +8,7 @@ use http::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderValue, USER_AGENT};
 use http::{Request, Response, StatusCode, Version};
 use tokio::time::Instant;
 
-use crate::backend::{Backend, Crowded, Endpoint};
+use crate::backend::{Crowded, Endpoint};
 use crate::limit::gcra::Standing;
 use crate::routing::Decision;
 use crate::snapshot::{FailedOver, Route, RouteTarget};
@@ -266,9 +266,13 @@ impl Exchange {
         }
     }
 
-    /// It is on its way to this endpoint, and its body with it.
-    pub fn sent_to(&mut self, endpoint: &Arc<Endpoint>, body: Progress) {
+    /// This is its body, which may still be on its way.
+    pub fn has_body(&mut self, body: Progress) {
         self.request_body = Some(body);
+    }
+
+    /// It is on its way to this endpoint.
+    pub fn sent_to(&mut self, endpoint: &Arc<Endpoint>) {
         self.attempts += 1;
         if let Some(entry) = &mut self.entry {
             entry.endpoint = Some(Arc::clone(endpoint));
@@ -293,10 +297,8 @@ impl Exchange {
     }
 
     /// It waited for room at a backend in vain.
-    pub fn found_no_room(&self, backend: &Backend, why: Crowded) {
-        let labels = [("backend", &*backend.name), ("cause", why.as_str())];
-        let overflows = "serin_backend_overflows_total";
-        self.metrics.all.counter(overflows, &labels).increment(1);
+    pub fn found_no_room(&self, at: &RouteTarget, why: Crowded) {
+        at.metrics.count_overflow(&self.metrics.all, why.as_str());
     }
 
     /// The version has failed it with this, and the baseline answers instead.

@@ -127,11 +127,6 @@ impl Rescue {
         let is_failure = status.is_client_error() || status.is_server_error();
         is_failure && (self.retry.codes.contains(&status) || self.shield.codes.contains(&status))
     }
-
-    /// True when nothing is ever done.
-    pub fn is_none(&self) -> bool {
-        self.retry.attempts == 0 && self.shield.requests == ShieldedRequests::None
-    }
 }
 
 // === impl Retry ===

@@ -84,6 +84,8 @@ pub struct TargetMetrics {
     retries: Family<&'static str>,
     shielded: Family<StatusCode>,
     failovers: Family<&'static str>,
+    overflows: Family<&'static str>,
+    moved: OnceLock<Counter>,
     decisions: [OnceLock<Counter>; Reason::ALL.len()],
     latencies: Arc<Latencies>,
     in_flight: Arc<Level>,
@@ -550,6 +552,8 @@ impl Metrics {
             retries: Family::default(),
             shielded: Family::default(),
             failovers: Family::default(),
+            overflows: Family::default(),
+            moved: OnceLock::new(),
             decisions: Default::default(),
             latencies: self.latencies(labels),
             in_flight: self.level("serin_requests_in_flight", &labels.pairs()),
@@ -598,11 +602,7 @@ impl fmt::Debug for Metrics {
 impl TargetMetrics {
     /// Counts a decision for this target.
     pub fn count_decision(&self, metrics: &Metrics, reason: Reason) {
-        let labels = [
-            ("route", &*self.labels.route),
-            ("backend", &*self.labels.backend),
-            ("reason", reason.as_str()),
-        ];
+        let labels = self.labels.with(("reason", reason.as_str()));
         self.decisions[reason as usize]
             .get_or_init(|| metrics.counter("serin_routing_decisions_total", &labels))
             .increment(1);
@@ -643,30 +643,16 @@ impl TargetMetrics {
 
     /// Counts an attempt that brought no whole response.
     pub fn count_upstream_error(&self, metrics: &Metrics, error: &'static str) {
-        let labels = [
-            ("route", &*self.labels.route),
-            ("backend", &*self.labels.backend),
-            ("error", error),
-        ];
+        let labels = self.labels.with(("error", error));
         self.upstream_errors
-            .get(error, || {
-                metrics.counter("serin_upstream_errors_total", &labels)
-            })
-            .increment(1);
+            .count(error, metrics, "serin_upstream_errors_total", &labels);
     }
 
     /// Counts how a call of gRPC has ended.
     pub fn count_grpc(&self, metrics: &Metrics, status: &'static str) {
+        let labels = self.labels.and(("grpc_status", status));
         self.grpc_responses
-            .get(status, || {
-                let [route, backend, version] = self.labels.pairs();
-                let status = ("grpc_status", status);
-                metrics.counter(
-                    "serin_grpc_responses_total",
-                    &[route, backend, version, status],
-                )
-            })
-            .increment(1);
+            .count(status, metrics, "serin_grpc_responses_total", &labels);
     }
 
     /// Counts a request that failed by the version's fault.
@@ -676,14 +662,9 @@ impl TargetMetrics {
 
     /// Counts a request that was sent to it once more, or would have been if there were not too many.
     pub fn count_retry(&self, metrics: &Metrics, result: &'static str) {
-        let labels = [
-            ("route", &*self.labels.route),
-            ("backend", &*self.labels.backend),
-            ("result", result),
-        ];
+        let labels = self.labels.with(("result", result));
         self.retries
-            .get(result, || metrics.counter("serin_retries_total", &labels))
-            .increment(1);
+            .count(result, metrics, "serin_retries_total", &labels);
     }
 
     /// Counts a request that it failed and the baseline answered with this status.
@@ -691,8 +672,7 @@ impl TargetMetrics {
         self.shielded
             .get(status, || {
                 let [route, backend, version] = self.labels.pairs();
-                let code = ("code", status.as_str());
-                let labels = [route, backend, version, code];
+                let labels = [route, backend, version, ("code", status.as_str())];
                 metrics.counter("serin_shielded_requests_total", &labels)
             })
             .increment(1);
@@ -700,24 +680,24 @@ impl TargetMetrics {
 
     /// Counts a request that another target gets, since this one takes none for this reason.
     pub fn count_failover(&self, metrics: &Metrics, cause: &'static str) {
-        let labels = [
-            ("route", &*self.labels.route),
-            ("backend", &*self.labels.backend),
-            ("cause", cause),
-        ];
+        let labels = self.labels.with(("cause", cause));
         self.failovers
-            .get(cause, || metrics.counter("serin_failovers_total", &labels))
-            .increment(1);
+            .count(cause, metrics, "serin_failovers_total", &labels);
+    }
+
+    /// Counts a request that waited for room at the backend in vain, whatever its route.
+    pub fn count_overflow(&self, metrics: &Metrics, cause: &'static str) {
+        let labels = [("backend", &*self.labels.backend), ("cause", cause)];
+        self.overflows
+            .count(cause, metrics, "serin_backend_overflows_total", &labels);
     }
 
     /// Counts a stream that was ended, since its user gets another version.
     pub fn count_moved(&self, metrics: &Metrics) {
-        let labels = [
-            ("route", &*self.labels.route),
-            ("backend", &*self.labels.backend),
-        ];
-        let moved = metrics.counter("serin_streams_moved_total", &labels);
-        moved.increment(1);
+        let [route, backend, _] = self.labels.pairs();
+        self.moved
+            .get_or_init(|| metrics.counter("serin_streams_moved_total", &[route, backend]))
+            .increment(1);
     }
 
     /// The number of its tunnels.
@@ -734,6 +714,17 @@ impl TargetMetrics {
 // === impl TargetLabels ===
 
 impl TargetLabels {
+    /// Those of what differs in something else, whatever the version.
+    fn with(&self, other: (&'static str, &'static str)) -> [(&'static str, &str); 3] {
+        [("route", &self.route), ("backend", &self.backend), other]
+    }
+
+    /// Those of what differs in something else besides.
+    fn and(&self, other: (&'static str, &'static str)) -> [(&'static str, &str); 4] {
+        let [route, backend, version] = self.pairs();
+        [route, backend, version, other]
+    }
+
     fn pairs(&self) -> [(&'static str, &str); 3] {
         [
             ("route", &self.route),
@@ -905,6 +896,17 @@ impl<K> Default for Family<K> {
 }
 
 impl<K: Copy + PartialEq> Family<K> {
+    /// Counts one; registers the counter by name and labels when it is the first.
+    fn count(
+        &self,
+        key: K,
+        metrics: &Metrics,
+        name: &'static str,
+        labels: &[(&'static str, &str)],
+    ) {
+        self.get(key, || metrics.counter(name, labels)).increment(1);
+    }
+
     fn get(&self, key: K, register: impl Fn() -> Counter) -> &Counter {
         let mut slot = &self.first;
         loop {
