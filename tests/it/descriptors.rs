@@ -3,6 +3,8 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
+use tempfile::TempDir;
+
 use crate::cli::{Running, serin_after};
 use crate::support::{Client, Proxy, Raw, Upstream, eventually, get, metric, single, with_head};
 
@@ -135,25 +137,47 @@ async fn with_64_descriptors_many_backends_are_reached_one_after_the_other() {
     }
 }
 
+/// A process with one place, whose client waits for `upstream`, and others that wait for the place.
+struct Crowded {
+    _directory: TempDir,
+    running: Running,
+    served: Raw,
+    waiting: Vec<Raw>,
+}
+
+impl Crowded {
+    async fn start(upstream: &Upstream, settings: &str, waiting: usize) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let config = directory.path().join("serin.yaml");
+        let one = "connections: { max: 1 }\n";
+        let text = format!("{one}{settings}{}", single(upstream.address, ""));
+        fs::write(&config, with_head(&text)).unwrap();
+        let mut running = Running::start(&config);
+        let (web, _) = running.addresses();
+        let mut served = Raw::connect(web).await;
+        served.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        eventually("the request waits", || upstream.held() == 1).await;
+        let mut others = Vec::new();
+        for _ in 0..waiting {
+            let mut other = Raw::connect(web).await;
+            other.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+            others.push(other);
+        }
+        Self {
+            _directory: directory,
+            running,
+            served,
+            waiting: others,
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drain_ends_at_its_limit_although_connections_wait_for_a_place() {
     let upstream = Upstream::start("one").await;
-    let directory = tempfile::tempdir().unwrap();
-    let config = directory.path().join("serin.yaml");
-    let few = "connections: { max: 1 }\nshutdown: { timeout: 3s, lameDuck: 0s }\n";
-    let text = few.to_owned() + &single(upstream.address, "");
-    fs::write(&config, with_head(&text)).unwrap();
-    let mut running = Running::start(&config);
-    let (web, _) = running.addresses();
-    let mut one = Raw::connect(web).await;
-    one.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
-    eventually("the request waits", || upstream.held() == 1).await;
-    let mut others = Vec::new();
-    for _ in 0..3 {
-        let mut other = Raw::connect(web).await;
-        other.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
-        others.push(other);
-    }
+    let settings = "shutdown: { timeout: 3s, lameDuck: 0s }\n";
+    let mut crowded = Crowded::start(&upstream, settings, 3).await;
+    let running = &mut crowded.running;
     running.signal("-TERM");
     running.wait_for("what is left is cut off");
     running.wait_for("a connection is lost");
@@ -163,25 +187,16 @@ async fn a_drain_ends_at_its_limit_although_connections_wait_for_a_place() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drain_serves_those_that_wait_for_a_place() {
     let upstream = Upstream::start("one").await;
-    let directory = tempfile::tempdir().unwrap();
-    let config = directory.path().join("serin.yaml");
-    let text = "connections: { max: 1 }\n".to_owned() + &single(upstream.address, "");
-    fs::write(&config, with_head(&text)).unwrap();
-    let mut running = Running::start(&config);
-    let (web, _) = running.addresses();
-    let mut one = Raw::connect(web).await;
-    one.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
-    eventually("the request waits", || upstream.held() == 1).await;
-    let mut others = Vec::new();
-    for _ in 0..5 {
-        let mut other = Raw::connect(web).await;
-        other.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
-        others.push(other);
-    }
+    let Crowded {
+        _directory,
+        mut running,
+        served,
+        waiting,
+    } = Crowded::start(&upstream, "", 5).await;
     running.signal("-TERM");
     running.wait_for("draining");
     upstream.release();
-    for mut client in std::iter::once(one).chain(others) {
+    for mut client in std::iter::once(served).chain(waiting) {
         let reply = client.read_to_end().await;
         assert!(reply.starts_with("HTTP/1.1 200"), "{reply:?}");
     }

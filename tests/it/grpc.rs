@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use h2::Reason;
 use http::{Method, StatusCode};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status};
 
 use crate::support::grpc::{Caller, Service, note};
+use crate::support::upstream::serving;
 use crate::support::{Client, Proxy, Reply, Upstream, eventually};
 
 fn h2c(upstream: SocketAddr, route: &str) -> String {
@@ -341,29 +342,22 @@ async fn a_stream_may_rest_longer_than_a_body_may_stall() {
 
 /// A service that resets every stream with this code, some behind the head of a response.
 async fn resetting(reason: Reason) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let mut connection = h2::server::handshake(stream).await.unwrap();
-                while let Some(Ok((request, mut respond))) = connection.accept().await {
-                    if request.uri().path().ends_with("/Name") {
-                        respond.send_reset(reason);
-                        continue;
-                    }
-                    let response =
-                        http::Response::builder().header("content-type", "application/grpc");
-                    let mut body = respond
-                        .send_response(response.body(()).unwrap(), false)
-                        .unwrap();
-                    body.send_data(vec![0; 5].into(), false).unwrap();
-                    body.send_reset(reason);
-                }
-            });
+    let serve = move |stream: TcpStream| async move {
+        let mut connection = h2::server::handshake(stream).await.unwrap();
+        while let Some(Ok((request, mut respond))) = connection.accept().await {
+            if request.uri().path().ends_with("/Name") {
+                respond.send_reset(reason);
+                continue;
+            }
+            let response = http::Response::builder().header("content-type", "application/grpc");
+            let mut body = respond
+                .send_response(response.body(()).unwrap(), false)
+                .unwrap();
+            body.send_data(vec![0; 5].into(), false).unwrap();
+            body.send_reset(reason);
         }
-    });
-    address
+    };
+    serving(serve).await.0
 }
 
 #[tokio::test]

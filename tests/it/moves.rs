@@ -3,32 +3,26 @@
 use std::net::SocketAddr;
 
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpListener;
+use tokio::net::TcpStream;
 use tokio_stream::StreamExt;
 use tokio_tungstenite::tungstenite::Message;
 use tonic::{Code, Request};
 
 use crate::support::grpc::{Caller, Service, note};
-use crate::support::upstream::read_head;
+use crate::support::upstream::{read_head, serving};
 use crate::support::websocket::{by_upgrade, http1, send};
 use crate::support::{Proxy, Raw, eventually, shop};
 
-/// Sends one event, and then another for each time the client would have one.
+/// Sends one event, and then nothing more.
 async fn events() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                read_head(&mut stream).await;
-                let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
-                let _ = stream.write_all(head.as_bytes()).await;
-                let _ = stream.write_all(b"9\r\ndata: 1\n\n\r\n").await;
-                std::future::pending::<()>().await;
-            });
-        }
-    });
-    address
+    let serve = |mut stream: TcpStream| async move {
+        read_head(&mut stream).await;
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+        let _ = stream.write_all(head.as_bytes()).await;
+        let _ = stream.write_all(b"9\r\ndata: 1\n\n\r\n").await;
+        std::future::pending::<()>().await;
+    };
+    serving(serve).await.0
 }
 
 fn config(stable: SocketAddr, canary: SocketAddr, weights: (u32, u32), streams: &str) -> String {

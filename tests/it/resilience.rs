@@ -8,7 +8,7 @@ use http::{Method, StatusCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::support::upstream::read_head;
+use crate::support::upstream::{read_head, serving};
 use crate::support::{Client, Proxy, Raw, Reply, Upstream, eventually, get, shop, single};
 
 const OVERRIDE: &str = "    gray: { override: { header: x-version } }\n";
@@ -16,32 +16,12 @@ const OVERRIDE: &str = "    gray: { override: { header: x-version } }\n";
 /// Everybody is on the canary.
 const ALL: (u32, u32) = (0, 1);
 
-/// An upstream that treats connections as `serve` does, and counts them.
-async fn upstream<F>(
-    serve: impl Fn(TcpStream) -> F + Send + 'static,
-) -> (SocketAddr, Arc<AtomicUsize>)
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let count = Arc::new(AtomicUsize::new(0));
-    let counted = Arc::clone(&count);
-    tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            counted.fetch_add(1, Ordering::SeqCst);
-            tokio::spawn(serve(stream));
-        }
-    });
-    (address, count)
-}
-
 /// Reads a request head, and closes without an answer.
 async fn closing() -> SocketAddr {
     let close = |mut stream: TcpStream| async move {
         read_head(&mut stream).await;
     };
-    upstream(close).await.0
+    serving(close).await.0
 }
 
 /// Accepts and never answers.
@@ -50,7 +30,7 @@ async fn hanging() -> SocketAddr {
         let mut sink = Vec::new();
         let _ = stream.read_to_end(&mut sink).await;
     };
-    upstream(hang).await.0
+    serving(hang).await.0
 }
 
 async fn refusing() -> SocketAddr {
@@ -220,7 +200,7 @@ async fn a_body_is_sent_again_from_its_beginning_as_long_as_it_is_small() {
         // Nobody waits for what does not come.
         let _ = stream.read_exact(&mut body).await;
     };
-    let (canary, attempts) = upstream(read_all).await;
+    let (canary, attempts) = serving(read_all).await;
     let proxy = Proxy::start(&shop(stable.address, canary, ALL, ""));
     let mut client = Client::connect(proxy.address()).await;
     let body: Vec<u8> = (0..60_000_u32).map(|byte| byte as u8).collect();
@@ -262,7 +242,7 @@ async fn what_reads_survives_a_connection_that_closes_as_it_is_used_again() {
         stream.write_all(answer).await.unwrap();
         read_head(&mut stream).await;
     };
-    let (upstream, connections) = upstream(once).await;
+    let (upstream, connections) = serving(once).await;
     let proxy = Proxy::start(&format!("workers: 1\n{}", single(upstream, "")));
     let mut client = Client::connect(proxy.address()).await;
     for _ in 0..6 {
@@ -297,7 +277,7 @@ async fn chosen_statuses_are_repeated_with_another_endpoint() {
         let answer = b"HTTP/1.1 503 no\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
         let _ = stream.write_all(answer).await;
     };
-    let (sad, _) = upstream(sad).await;
+    let (sad, _) = serving(sad).await;
     let happy = Upstream::start("happy").await;
     let both = format!("'{sad}', '{}'", happy.address);
     let rest = "    retry: { codes: [503] }\n";
@@ -514,33 +494,29 @@ async fn a_connection_that_does_not_become_free_is_not_waited_for_for_ever() {
 
 /// A server of grpc.health.v1 that serves or does not.
 async fn health_service(serves: Arc<AtomicUsize>) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            let serves = Arc::clone(&serves);
-            tokio::spawn(async move {
-                let mut connection = h2::server::handshake(stream).await.unwrap();
-                while let Some(Ok((request, mut respond))) = connection.accept().await {
-                    assert_eq!(request.uri().path(), "/grpc.health.v1.Health/Check");
-                    let mut body = request.into_body();
-                    let message = body.data().await.unwrap().unwrap();
-                    assert_eq!(&message[..], b"\0\0\0\0\x06\x0a\x04shop");
-                    let head = http::Response::builder().header("content-type", "application/grpc");
-                    let mut stream = respond
-                        .send_response(head.body(()).unwrap(), false)
-                        .unwrap();
-                    let status = serves.load(Ordering::SeqCst) as u8;
-                    let answer = [0, 0, 0, 0, 2, 8, status];
-                    stream.send_data(answer.to_vec().into(), false).unwrap();
-                    let mut trailers = http::HeaderMap::new();
-                    trailers.insert("grpc-status", "0".parse().unwrap());
-                    stream.send_trailers(trailers).unwrap();
-                }
-            });
+    let serve = move |stream: TcpStream| {
+        let serves = Arc::clone(&serves);
+        async move {
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            while let Some(Ok((request, mut respond))) = connection.accept().await {
+                assert_eq!(request.uri().path(), "/grpc.health.v1.Health/Check");
+                let mut body = request.into_body();
+                let message = body.data().await.unwrap().unwrap();
+                assert_eq!(&message[..], b"\0\0\0\0\x06\x0a\x04shop");
+                let head = http::Response::builder().header("content-type", "application/grpc");
+                let mut stream = respond
+                    .send_response(head.body(()).unwrap(), false)
+                    .unwrap();
+                let status = serves.load(Ordering::SeqCst) as u8;
+                let answer = [0, 0, 0, 0, 2, 8, status];
+                stream.send_data(answer.to_vec().into(), false).unwrap();
+                let mut trailers = http::HeaderMap::new();
+                trailers.insert("grpc-status", "0".parse().unwrap());
+                stream.send_trailers(trailers).unwrap();
+            }
         }
-    });
-    address
+    };
+    serving(serve).await.0
 }
 
 #[tokio::test]
@@ -572,34 +548,29 @@ async fn endpoints_are_asked_by_grpc_and_by_connections_too() {
 /// An endpoint of HTTP/2 that refuses the first call and takes the next.
 #[tokio::test]
 async fn what_an_endpoint_refuses_is_sent_again_whatever_its_method() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
+    let refuse_every_other = |stream: TcpStream| async move {
+        let mut connection = h2::server::handshake(stream).await.unwrap();
+        let mut calls = 0;
+        while let Some(Ok((request, mut respond))) = connection.accept().await {
+            calls += 1;
+            if calls % 2 == 1 {
+                respond.send_reset(h2::Reason::REFUSED_STREAM);
+                continue;
+            }
             tokio::spawn(async move {
-                let mut connection = h2::server::handshake(stream).await.unwrap();
-                let mut calls = 0;
-                while let Some(Ok((request, mut respond))) = connection.accept().await {
-                    calls += 1;
-                    if calls % 2 == 1 {
-                        respond.send_reset(h2::Reason::REFUSED_STREAM);
-                        continue;
-                    }
-                    tokio::spawn(async move {
-                        let mut body = request.into_body();
-                        let mut length = 0;
-                        while let Some(Ok(data)) = body.data().await {
-                            length += data.len();
-                        }
-                        let response = http::Response::new(());
-                        let mut stream = respond.send_response(response, false).unwrap();
-                        let length = length.to_string();
-                        stream.send_data(length.into(), true).unwrap();
-                    });
+                let mut body = request.into_body();
+                let mut length = 0;
+                while let Some(Ok(data)) = body.data().await {
+                    length += data.len();
                 }
+                let response = http::Response::new(());
+                let mut stream = respond.send_response(response, false).unwrap();
+                let length = length.to_string();
+                stream.send_data(length.into(), true).unwrap();
             });
         }
-    });
+    };
+    let (address, _) = serving(refuse_every_other).await;
     let config = single(address, "").replace("version: '1',", "version: '1', protocol: h2c,");
     let proxy = Proxy::start(&format!("workers: 1\n{config}"));
     let mut client = Client::connect(proxy.address()).await;
@@ -640,7 +611,7 @@ async fn answering(answer: &'static str, after: u64) -> SocketAddr {
             }
         }
     };
-    upstream(serve).await.0
+    serving(serve).await.0
 }
 
 #[tokio::test]

@@ -275,21 +275,35 @@ fn text(text: String) -> Body {
         .boxed()
 }
 
+/// Serves every connection to a new address as `serve` does, and counts them.
+pub(crate) async fn serving<F>(
+    serve: impl Fn(TcpStream) -> F + Send + 'static,
+) -> (SocketAddr, Arc<AtomicUsize>)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&count);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            counted.fetch_add(1, Ordering::SeqCst);
+            tokio::spawn(serve(stream));
+        }
+    });
+    (address, count)
+}
+
 /// An upstream that reads one request head per connection, answers with exactly these bytes, and
 /// closes.
 pub(crate) async fn scripted(answer: &'static [u8]) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                read_head(&mut stream).await;
-                // The proxy may have gone.
-                let _ = stream.write_all(answer).await;
-            });
-        }
-    });
-    address
+    let serve = move |mut stream: TcpStream| async move {
+        read_head(&mut stream).await;
+        // The proxy may have gone.
+        let _ = stream.write_all(answer).await;
+    };
+    serving(serve).await.0
 }
 
 /// Reads a request head from a connection and returns it.
