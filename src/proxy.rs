@@ -6,6 +6,7 @@
 //! [`Snapshot`] that it took at its beginning.
 
 pub mod admission;
+mod answer;
 mod attempts;
 pub mod body;
 pub mod error;
@@ -13,6 +14,7 @@ pub mod exchange;
 pub mod grpc;
 pub mod headers;
 mod kept;
+mod limits;
 pub mod origin;
 pub mod stays;
 pub mod timeouts;
@@ -22,16 +24,13 @@ pub mod upgrade;
 pub mod via;
 
 use std::cell::RefCell;
-use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Poll, ready};
-use std::time::Duration;
 
 use http::header::{HeaderMap, HeaderValue};
 use http::request::Parts;
-use http::{Method, Request, Response, StatusCode, Version};
+use http::{Method, Request, Response, Version};
 use hyper::body::{Body, Incoming};
 use scopeguard::{ScopeGuard, guard};
 use tokio::time::Instant;
@@ -43,19 +42,20 @@ use crate::routing::{Decision, Reason};
 use crate::snapshot::{Reader, Route, RouteTarget, Snapshot};
 use crate::telemetry::metrics::WorkerMetrics;
 use crate::transcode::Call;
-use crate::upstream::{self, Loan, Needs, Pools, SendError};
+use crate::upstream::{self, Needs, Pools};
 
+use answer::{Answer, answered};
 use attempts::{Again, Responded, Tried, Way};
-use body::{BodyRules, BodyState, Held, Progress, ReplyBody, RequestBody, UpstreamBody};
+use body::{BodyRules, Progress, ReplyBody, RequestBody};
 use error::ProxyError;
 use exchange::Exchange;
 use headers::Survey;
+use limits::Limits;
 use origin::{Guards, Origin, Peer};
-use stays::{Stay, Stays};
-use timeouts::{Timeout, Timeouts, Timer};
+use stays::Stays;
+use timeouts::{Timeouts, Timer};
 use translate::Translation;
-use tunnel::Tunnel;
-use upgrade::{Ends, Wish};
+use upgrade::Wish;
 use via::Via;
 
 /// Serves the requests of one worker.
@@ -111,32 +111,6 @@ struct Routed<'s> {
     lease: Option<Lease>,
     /// What it is sent again from, or for the first time once there is room.
     again: Box<Again<'s>>,
-}
-
-/// The head of an upstream's response, with what has to be held on to until its body ends.
-struct Answer {
-    response: Response<Incoming>,
-    lease: Lease,
-    loan: Loan<RequestBody>,
-    /// How long it took.
-    latency: Duration,
-    /// Whether it may stay, if it is a stream.
-    stay: Option<Rc<Stay>>,
-    /// Where it leads, if it is one, and how long nothing may go through.
-    tunnel: Option<Box<(Ends, Guards, Option<Duration>)>>,
-    limits: Limits,
-}
-
-/// How long an exchange may take.
-struct Limits {
-    /// From the last sign of life of the request's body, so that a long upload is not cut off, to
-    /// the head of the response.
-    silence: Option<Duration>,
-    /// The end of the exchange, whatever happens.
-    deadline: Option<Instant>,
-    /// The request's body may stand still for as long as it likes.
-    may_rest: bool,
-    timeout: Timeout,
 }
 
 /// What the client is told of a decision, free of what it was decided from.
@@ -520,30 +494,6 @@ impl Proxy {
     }
 }
 
-/// Takes note of the head of a response, unless it must not go on; where it leads, if the client has
-/// asked for a tunnel, and how long it took.
-fn answered(
-    response: &mut Response<Incoming>,
-    wish: Option<Box<Wish>>,
-    exchange: &mut Exchange,
-) -> Result<(Option<Ends>, Duration), ProxyError> {
-    let ends = match wish {
-        Some(wish) => wish.answered(response)?,
-        // Nobody asked: the upgrade fields were taken out of the request.
-        None if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
-            return Err(ProxyError::UnaskedUpgrade);
-        }
-        None => None,
-    };
-    let survey = Survey::of(response.headers());
-    let refusal = || ProxyError::UnknownCoding;
-    headers::refuse_transfer_coding(response.headers(), survey, refusal)?;
-    *response.version_mut() = Version::HTTP_11;
-    let latency = exchange.answered(response.status());
-    exchange.heard_head(response);
-    Ok((ends, latency))
-}
-
 /// The reply to a request that is not sent on, as its client understands it.
 fn refuse(
     error: ProxyError,
@@ -557,48 +507,6 @@ fn refuse(
             Some(translation) => translation.translate(reply).await,
         }
     })
-}
-
-// === impl Answer ===
-
-impl Answer {
-    fn into_response(self, mut exchange: Exchange) -> Response<ReplyBody> {
-        let Self {
-            response,
-            lease,
-            loan,
-            latency,
-            stay,
-            tunnel,
-            limits,
-        } = self;
-        let Some(tunnel) = tunnel else {
-            let deadline = limits.into_deadline();
-            // What a failure says of the endpoint is known already.
-            let latency = Some(latency).filter(|_| !response.status().is_server_error());
-            return response.map(|body| {
-                let held = Held::new(exchange, lease, loan, latency);
-                ReplyBody::Upstream(UpstreamBody::new(body, held, deadline, stay))
-            });
-        };
-        let (ends, guards, idle) = *tunnel;
-        let mut response = response.map(|_| ReplyBody::empty());
-        ends.tell(response.headers_mut());
-        lease.answered(latency);
-        exchange.becomes_tunnel();
-        let tunnel = Tunnel {
-            ends,
-            exchange,
-            lease,
-            loan,
-            guards,
-            idle,
-            timeout: limits.timeout,
-            stay,
-        };
-        drop(tokio::task::spawn_local(tunnel.run()));
-        response
-    }
 }
 
 // === impl Route ===
@@ -689,60 +597,5 @@ impl Verdict {
                 .flatten(),
             stay: stays::Decided::new(route, decision),
         }
-    }
-}
-
-// === impl Limits ===
-
-impl Limits {
-    /// Waits for the head of a response, but not for ever.
-    async fn wait<T>(
-        &self,
-        mut sending: Pin<&mut impl Future<Output = Result<T, SendError>>>,
-        progress: &Progress,
-    ) -> Result<T, ProxyError> {
-        self.timeout.set(self.next(progress));
-        poll_fn(|cx| {
-            loop {
-                if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
-                    return Poll::Ready(
-                        sent.map_err(|error| ProxyError::from_send(error, progress)),
-                    );
-                }
-                ready!(self.timeout.poll_passed(cx));
-                match self.next(progress) {
-                    // The body has moved meanwhile.
-                    Some(next) if next > Instant::now() => self.timeout.set(Some(next)),
-                    _ if progress.state() == BodyState::AwaitingClient
-                        && self.may_rest
-                        && !self.is_over() =>
-                    {
-                        let later = self.silence.map(|limit| Instant::now() + limit);
-                        self.timeout
-                            .set(later.into_iter().chain(self.deadline).min());
-                    }
-                    _ if progress.state() == BodyState::AwaitingClient => {
-                        return Poll::Ready(Err(ProxyError::RequestStalled));
-                    }
-                    _ => return Poll::Ready(Err(ProxyError::Timeout)),
-                }
-            }
-        })
-        .await
-    }
-
-    fn is_over(&self) -> bool {
-        self.deadline.is_some_and(|end| end <= Instant::now())
-    }
-
-    fn next(&self, progress: &Progress) -> Option<Instant> {
-        let silence_ends = self.silence.map(|limit| progress.last() + limit);
-        silence_ends.into_iter().chain(self.deadline).min()
-    }
-
-    /// What is left of them once the head of the response is here.
-    fn into_deadline(self) -> Option<Timeout> {
-        self.timeout.set(self.deadline);
-        self.deadline.map(|_| self.timeout)
     }
 }

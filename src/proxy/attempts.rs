@@ -9,7 +9,7 @@ use http::request::Parts;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Incoming};
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, timeout};
 
 use crate::backend::gate::RetryPass;
 use crate::backend::{EndpointId, Lease, UpstreamProtocol};
@@ -18,11 +18,12 @@ use crate::routing::{BASELINE, Reason};
 use crate::snapshot::{Route, RouteTarget};
 use crate::upstream::{Addresses, Loan, Needs};
 
+use super::Proxy;
 use super::body::{Progress, RequestBody};
 use super::error::ProxyError;
 use super::exchange::Exchange;
 use super::kept::KeptHead;
-use super::{Limits, Proxy};
+use super::limits::Limits;
 
 /// How long whoever sent a body may take to let go of it.
 const LETTING_GO: Duration = Duration::from_secs(1);
@@ -390,23 +391,5 @@ impl Responded {
             }
             drop(lease);
         }));
-    }
-}
-
-// === impl Limits ===
-
-impl Limits {
-    /// Waits so long; false when the exchange would be over by then.
-    async fn pause(&self, pause: Duration) -> bool {
-        if pause.is_zero() {
-            return true;
-        }
-        match self.deadline {
-            None => {
-                sleep(pause).await;
-                true
-            }
-            Some(deadline) => timeout_at(deadline, sleep(pause)).await.is_ok(),
-        }
     }
 }

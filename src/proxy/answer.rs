@@ -1,0 +1,101 @@
+//! The head of an upstream's response, on its way to the client: what must not go on, and what has to
+//! be held on to until its body ends.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use http::{Response, StatusCode, Version};
+use hyper::body::Incoming;
+
+use crate::backend::Lease;
+use crate::upstream::Loan;
+
+use super::body::{Held, ReplyBody, RequestBody, UpstreamBody};
+use super::error::ProxyError;
+use super::exchange::Exchange;
+use super::headers::{self, Survey};
+use super::limits::Limits;
+use super::origin::Guards;
+use super::stays::Stay;
+use super::tunnel::Tunnel;
+use super::upgrade::{Ends, Wish};
+
+/// The head of an upstream's response, with what has to be held on to until its body ends.
+pub(super) struct Answer {
+    pub(super) response: Response<Incoming>,
+    pub(super) lease: Lease,
+    pub(super) loan: Loan<RequestBody>,
+    /// How long it took.
+    pub(super) latency: Duration,
+    /// Whether it may stay, if it is a stream.
+    pub(super) stay: Option<Rc<Stay>>,
+    /// Where it leads, if it is one, and how long nothing may go through.
+    pub(super) tunnel: Option<Box<(Ends, Guards, Option<Duration>)>>,
+    pub(super) limits: Limits,
+}
+
+/// Takes note of the head of a response, unless it must not go on; where it leads, if the client has
+/// asked for a tunnel, and how long it took.
+pub(super) fn answered(
+    response: &mut Response<Incoming>,
+    wish: Option<Box<Wish>>,
+    exchange: &mut Exchange,
+) -> Result<(Option<Ends>, Duration), ProxyError> {
+    let ends = match wish {
+        Some(wish) => wish.answered(response)?,
+        // Nobody asked: the upgrade fields were taken out of the request.
+        None if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+            return Err(ProxyError::UnaskedUpgrade);
+        }
+        None => None,
+    };
+    let survey = Survey::of(response.headers());
+    let refusal = || ProxyError::UnknownCoding;
+    headers::refuse_transfer_coding(response.headers(), survey, refusal)?;
+    *response.version_mut() = Version::HTTP_11;
+    let latency = exchange.answered(response.status());
+    exchange.heard_head(response);
+    Ok((ends, latency))
+}
+
+// === impl Answer ===
+
+impl Answer {
+    pub(super) fn into_response(self, mut exchange: Exchange) -> Response<ReplyBody> {
+        let Self {
+            response,
+            lease,
+            loan,
+            latency,
+            stay,
+            tunnel,
+            limits,
+        } = self;
+        let Some(tunnel) = tunnel else {
+            let deadline = limits.into_deadline();
+            // What a failure says of the endpoint is known already.
+            let latency = Some(latency).filter(|_| !response.status().is_server_error());
+            return response.map(|body| {
+                let held = Held::new(exchange, lease, loan, latency);
+                ReplyBody::Upstream(UpstreamBody::new(body, held, deadline, stay))
+            });
+        };
+        let (ends, guards, idle) = *tunnel;
+        let mut response = response.map(|_| ReplyBody::empty());
+        ends.tell(response.headers_mut());
+        lease.answered(latency);
+        exchange.becomes_tunnel();
+        let tunnel = Tunnel {
+            ends,
+            exchange,
+            lease,
+            loan,
+            guards,
+            idle,
+            timeout: limits.timeout,
+            stay,
+        };
+        drop(tokio::task::spawn_local(tunnel.run()));
+        response
+    }
+}
