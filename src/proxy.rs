@@ -44,7 +44,7 @@ use crate::telemetry::metrics::WorkerMetrics;
 use crate::transcode::Call;
 use crate::upstream::{self, Needs, Pools};
 
-use answer::{Answer, answered};
+use answer::{Answer, Heard, answered};
 use attempts::{Again, Responded, Tried, Way};
 use body::{BodyRules, Progress, ReplyBody, RequestBody};
 use error::ProxyError;
@@ -110,7 +110,7 @@ struct Routed<'s> {
     /// `None` as long as the backend has no room.
     lease: Option<Lease>,
     /// What it is sent again from, or for the first time once there is room.
-    again: Box<Again<'s>>,
+    again: Again<'s>,
 }
 
 /// What the client is told of a decision, free of what it was decided from.
@@ -299,7 +299,7 @@ impl Proxy {
             verdict,
             endpoint,
             lease,
-            again: Box::new(again),
+            again,
         })
     }
 
@@ -391,8 +391,11 @@ impl Proxy {
                     loan,
                     lease,
                 } = responded;
-                let (ends, latency) = answered(&mut response, wish, &mut exchange)?;
-                let survey = Survey::of(response.headers());
+                let Heard {
+                    ends,
+                    survey,
+                    latency,
+                } = answered(&mut response, wish, &mut exchange)?;
                 headers::prepare_response(&mut response, survey, route, tried.target, &verdict);
                 admission::tell(exchange.standing(), None, response.headers_mut());
                 let may_be_moved = |_: &Box<_>| {

@@ -34,13 +34,21 @@ pub(super) struct Answer {
     pub(super) limits: Limits,
 }
 
-/// Takes note of the head of a response, unless it must not go on; where it leads, if the client has
-/// asked for a tunnel, and how long it took.
+/// What is heard of a response by its head.
+pub(super) struct Heard {
+    /// Where it leads, if the client has asked for a tunnel.
+    pub(super) ends: Option<Ends>,
+    pub(super) survey: Survey,
+    /// How long it took.
+    pub(super) latency: Duration,
+}
+
+/// Takes note of the head of a response, unless it must not go on.
 pub(super) fn answered(
     response: &mut Response<Incoming>,
     wish: Option<Box<Wish>>,
     exchange: &mut Exchange,
-) -> Result<(Option<Ends>, Duration), ProxyError> {
+) -> Result<Heard, ProxyError> {
     let ends = match wish {
         Some(wish) => wish.answered(response)?,
         // Nobody asked: the upgrade fields were taken out of the request.
@@ -55,7 +63,11 @@ pub(super) fn answered(
     *response.version_mut() = Version::HTTP_11;
     let latency = exchange.answered(response.status());
     exchange.heard_head(response);
-    Ok((ends, latency))
+    Ok(Heard {
+        ends,
+        survey,
+        latency,
+    })
 }
 
 // === impl Answer ===

@@ -176,7 +176,7 @@ impl<'s> Again<'s> {
 
     /// Makes further attempts, as long as they are needed and allowed, and returns the last.
     pub(super) async fn go_on(
-        mut self: Box<Self>,
+        mut self,
         way: Way<'_>,
         first: Tried<'s>,
         mut progress: Progress,
