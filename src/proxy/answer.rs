@@ -89,7 +89,7 @@ impl Answer {
             let latency = Some(latency).filter(|_| !response.status().is_server_error());
             return response.map(|body| {
                 let held = Held::new(exchange, lease, loan, latency);
-                ReplyBody::Upstream(UpstreamBody::new(body, held, deadline, stay))
+                ReplyBody::Upstream(Box::new(UpstreamBody::new(body, held, deadline, stay)))
             });
         };
         let (ends, guards, idle) = *tunnel;

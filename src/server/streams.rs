@@ -35,8 +35,8 @@ type Given = Option<Result<Frame<Bytes>, BodyError>>;
 pub(super) struct Served {
     body: ReplyBody,
     _busy: Busy,
-    /// In HTTP/2.
-    parts: Option<Parts>,
+    /// In HTTP/2; boxed, since hyper moves a body more than a dozen times.
+    parts: Option<Box<Parts>>,
 }
 
 /// How a body is handed on in HTTP/2.
@@ -113,7 +113,7 @@ impl Served {
         Self {
             body,
             _busy: busy,
-            parts: Some(parts),
+            parts: Some(Box::new(parts)),
         }
     }
 }
@@ -135,7 +135,7 @@ impl Body for Served {
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.parts {
+        match self.parts.as_deref() {
             Some(Parts { rest, .. }) if !rest.is_empty() => false,
             Some(Parts {
                 behind: Some(behind),

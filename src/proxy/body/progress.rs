@@ -8,7 +8,7 @@ use std::rc::Rc;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
-use super::request::Remains;
+use super::request::Content;
 use super::{LINGER, linger};
 
 /// How far the body of a request has come; shared with whoever waits for the response.
@@ -25,7 +25,7 @@ pub enum Progress {
 pub struct Sent {
     stage: Cell<Stage>,
     /// What is left of it when nobody sends it on any more.
-    left: RefCell<Option<Remains>>,
+    left: RefCell<Option<Box<Content>>>,
     /// Told when something is left.
     is_left: Notify,
 }
@@ -33,15 +33,15 @@ pub struct Sent {
 /// Where a body is.
 #[derive(Clone, Copy, Debug)]
 pub struct Stage {
-    last: Instant,
+    pub(super) last: Instant,
     state: BodyState,
-    bytes: u64,
+    pub(super) bytes: u64,
     /// The head of the response is here: the body may rest.
     pub(super) is_answered: bool,
     /// More of it was sent than is kept.
     is_spent: bool,
     /// All of it has come.
-    pub(super) is_over: bool,
+    is_over: bool,
 }
 
 /// Whose turn it is with the body of a request.
@@ -66,20 +66,91 @@ pub enum BodyState {
 // === impl Sent ===
 
 impl Sent {
+    /// A body that begins to be sent.
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            stage: Cell::new(Stage::new(now)),
+            left: RefCell::default(),
+            is_left: Notify::new(),
+        }
+    }
+
+    pub(super) fn stage(&self) -> Stage {
+        self.stage.get()
+    }
+
+    fn update(&self, change: impl FnOnce(Stage) -> Stage) {
+        self.stage.set(change(self.stage.get()));
+    }
+
+    pub(super) fn moved(&self, state: BodyState, bytes: usize) {
+        self.update(|stage| Stage {
+            last: Instant::now(),
+            state,
+            bytes: stage.bytes + bytes as u64,
+            ..stage
+        });
+    }
+
+    pub(super) fn await_client(&self) {
+        self.update(|stage| Stage {
+            state: BodyState::AwaitingClient,
+            ..stage
+        });
+    }
+
+    /// All of it has come.
+    pub(super) fn ended(&self) {
+        self.update(|stage| Stage {
+            is_over: true,
+            ..stage
+        });
+    }
+
+    pub(super) fn spend(&self) {
+        self.update(|stage| Stage {
+            is_spent: true,
+            ..stage
+        });
+    }
+
+    pub(super) fn begin_again(&self, now: Instant) {
+        self.update(|stage| Stage {
+            last: now,
+            state: BodyState::Moving,
+            ..stage
+        });
+    }
+
     /// Nobody sends any more of it: this is what is left.
-    pub(super) fn leave(&self, remains: Remains) {
-        *self.left.borrow_mut() = Some(remains);
+    pub(super) fn leave(&self, content: Box<Content>) {
+        *self.left.borrow_mut() = Some(content);
         self.is_left.notify_one();
     }
 
     /// What is left of the body, as soon as whoever sent it has let go of it. Its connection is about
     /// to end then.
-    pub(super) async fn remains(&self) -> Remains {
+    pub(super) async fn remains(&self) -> Box<Content> {
         loop {
-            if let Some(remains) = self.left.borrow_mut().take() {
-                return remains;
+            if let Some(content) = self.left.borrow_mut().take() {
+                return content;
             }
             self.is_left.notified().await;
+        }
+    }
+}
+
+// === impl Stage ===
+
+impl Stage {
+    fn new(now: Instant) -> Self {
+        Self {
+            last: now,
+            state: BodyState::Moving,
+            bytes: 0,
+            is_answered: false,
+            is_spent: false,
+            is_over: false,
         }
     }
 }
@@ -102,28 +173,7 @@ impl BodyState {
 
 // === impl Progress ===
 
-impl Stage {
-    fn new(now: Instant) -> Self {
-        Self {
-            last: now,
-            state: BodyState::Moving,
-            bytes: 0,
-            is_answered: false,
-            is_spent: false,
-            is_over: false,
-        }
-    }
-}
-
 impl Progress {
-    pub(super) fn of_body(now: Instant) -> Self {
-        Self::Body(Rc::new(Sent {
-            stage: Cell::new(Stage::new(now)),
-            left: RefCell::default(),
-            is_left: Notify::new(),
-        }))
-    }
-
     /// True as long as all of it can be sent again.
     pub fn is_whole(&self) -> bool {
         !self.stage().is_spent
@@ -137,34 +187,18 @@ impl Progress {
         }
     }
 
-    pub(super) fn spend(&self) {
-        self.update(|stage| Stage {
-            is_spent: true,
-            ..stage
-        });
-    }
-
-    pub(super) fn begin_again(&self, now: Instant) {
-        self.update(|stage| Stage {
-            last: now,
-            state: BodyState::Moving,
-            ..stage
-        });
-    }
-
     /// Takes what its client still sends of it, as soon as nobody else does: its answer is whole.
     pub fn linger(&self) {
         let Self::Body(sent) = self else {
             return;
         };
-        if sent.stage.get().is_over {
+        if sent.stage().is_over {
             return;
         }
         let sent = Rc::clone(sent);
         drop(tokio::task::spawn_local(async move {
-            let remains = timeout(LINGER, sent.remains()).await;
-            if let Ok(Some(body)) = remains.map(|remains| remains.incoming) {
-                linger(body);
+            if let Ok(content) = timeout(LINGER, sent.remains()).await {
+                linger(content.incoming);
             }
         }));
     }
@@ -189,22 +223,11 @@ impl Progress {
 
     /// The head of the response is here.
     pub fn answered(&self) {
-        self.update(|stage| Stage {
-            is_answered: true,
-            ..stage
-        });
-    }
-
-    pub(super) fn stage(&self) -> Stage {
-        match self {
-            Self::NoBody(since) => Stage::new(*since),
-            Self::Body(sent) => sent.stage.get(),
-        }
-    }
-
-    fn update(&self, change: impl FnOnce(Stage) -> Stage) {
         if let Self::Body(sent) = self {
-            sent.stage.set(change(sent.stage.get()));
+            sent.update(|stage| Stage {
+                is_answered: true,
+                ..stage
+            });
         }
     }
 
@@ -213,27 +236,10 @@ impl Progress {
         self.stage().bytes
     }
 
-    pub(super) fn moved(&self, state: BodyState, bytes: usize) {
-        self.update(|stage| Stage {
-            last: Instant::now(),
-            state,
-            bytes: stage.bytes + bytes as u64,
-            ..stage
-        });
-    }
-
-    /// All of it has come.
-    pub(super) fn ended(&self) {
-        self.update(|stage| Stage {
-            is_over: true,
-            ..stage
-        });
-    }
-
-    pub(super) fn await_client(&self) {
-        self.update(|stage| Stage {
-            state: BodyState::AwaitingClient,
-            ..stage
-        });
+    fn stage(&self) -> Stage {
+        match self {
+            Self::NoBody(since) => Stage::new(*since),
+            Self::Body(sent) => sent.stage(),
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::fmt;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
@@ -16,28 +17,29 @@ use crate::proxy::timeouts::Timeout;
 use crate::proxy::translate::Translation;
 use crate::snapshot::Route;
 
-use super::progress::{BodyState, Progress};
+use super::progress::{BodyState, Progress, Sent};
 use super::replay::Replay;
 
-/// The body of a request on its way to the upstream.
+/// The body of a request on its way to the upstream; `None` without one.
+///
+/// What it takes is in a box, since hyper moves a request more than a dozen times, and few have a body.
 #[derive(Debug)]
-pub struct RequestBody {
-    /// `None` once it is dropped.
-    incoming: Option<Incoming>,
-    progress: Progress,
-    /// `None` without a body.
-    rules: Option<Box<BodyRules>>,
-    json: Option<Box<Json>>,
-    /// `None` when nothing of it is kept, or any more.
-    replay: Option<Box<Replay>>,
+pub struct RequestBody(Option<Sending>);
+
+/// A body that is being sent on.
+#[derive(Debug)]
+struct Sending {
+    sent: Rc<Sent>,
+    content: Box<Content>,
 }
 
-/// A body of which nobody sends anything any more; by default there was none.
-#[derive(Debug, Default)]
-pub(super) struct Remains {
-    pub(super) incoming: Option<Incoming>,
-    rules: Option<Box<BodyRules>>,
+/// What is sent of a body; left behind by whoever sent it, for whoever sends it again.
+#[derive(Debug)]
+pub(super) struct Content {
+    pub(super) incoming: Incoming,
+    rules: BodyRules,
     json: Option<Box<Json>>,
+    /// `None` when nothing of it is kept, or any more.
     replay: Option<Box<Replay>>,
 }
 
@@ -91,23 +93,10 @@ impl RequestBody {
         now: Instant,
         rules: impl FnOnce() -> BodyRules,
     ) -> (Self, Progress) {
-        let has_body = !incoming.is_end_stream();
-        let progress = if has_body {
-            Progress::of_body(now)
-        } else {
-            Progress::NoBody(now)
-        };
-        let rules = has_body.then(|| Box::new(rules()));
-        (
-            Self {
-                incoming: Some(incoming),
-                progress: progress.clone(),
-                replay: rules.as_deref().and_then(|rules| Replay::new(rules.kept)),
-                rules,
-                json: None,
-            },
-            progress,
-        )
+        if incoming.is_end_stream() {
+            return (Self(None), Progress::NoBody(now));
+        }
+        Self::sending(Content::new(incoming, rules(), None), now)
     }
 
     /// As `new`, for a body that becomes the message of a call, also where there is none.
@@ -117,71 +106,106 @@ impl RequestBody {
         rules: impl FnOnce() -> BodyRules,
         translation: Translation,
     ) -> (Self, Progress) {
-        let progress = Progress::of_body(now);
-        let rules = Box::new(rules());
-        let body = Self {
-            incoming: Some(incoming),
-            progress: progress.clone(),
-            replay: Replay::new(rules.kept),
-            rules: Some(rules),
-            json: Some(Box::new(Json {
-                translation: Some(translation),
-                read: BytesMut::new(),
-            })),
+        let json = Json {
+            translation: Some(translation),
+            read: BytesMut::new(),
         };
-        (body, progress)
+        Self::sending(Content::new(incoming, rules(), Some(Box::new(json))), now)
     }
 
-    /// The same body from its beginning, once whoever had it has let go of it; nothing but an empty
-    /// one without a body. It moves from `now` on.
+    fn sending(content: Content, now: Instant) -> (Self, Progress) {
+        let sent = Rc::new(Sent::new(now));
+        let progress = Progress::Body(Rc::clone(&sent));
+        let content = Box::new(content);
+        (Self(Some(Sending { sent, content })), progress)
+    }
+
+    /// The same body from its beginning, once whoever had it has let go of it. It moves from `now` on.
     pub async fn again(progress: &mut Progress, now: Instant) -> Self {
-        let remains = match progress {
-            Progress::NoBody(_) => {
-                *progress = Progress::NoBody(now);
-                Remains::default()
+        match progress {
+            Progress::NoBody(since) => {
+                *since = now;
+                Self(None)
             }
             Progress::Body(sent) => {
-                let mut remains = sent.remains().await;
-                if let Some(replay) = &mut remains.replay {
+                let mut content = sent.remains().await;
+                if let Some(replay) = &mut content.replay {
                     replay.rewind();
                 }
-                progress.begin_again(now);
-                remains
+                sent.begin_again(now);
+                let sent = Rc::clone(sent);
+                Self(Some(Sending { sent, content }))
             }
-        };
-        let Remains {
-            incoming,
-            rules,
-            json,
-            replay,
-        } = remains;
+        }
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = RequestBodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
+        match &mut self.0 {
+            Some(Sending { sent, content }) => content.poll_next(sent, cx),
+            None => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        let sending = self.0.as_ref();
+        sending.is_none_or(|sending| sending.content.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.0 {
+            Some(sending) => sending.content.size_hint(),
+            None => SizeHint::with_exact(0),
+        }
+    }
+}
+
+impl Drop for RequestBody {
+    fn drop(&mut self) {
+        if let Some(Sending { sent, content }) = self.0.take() {
+            sent.leave(content);
+        }
+    }
+}
+
+// === impl Content ===
+
+impl Content {
+    fn new(incoming: Incoming, rules: BodyRules, json: Option<Box<Json>>) -> Self {
         Self {
             incoming,
-            progress: progress.clone(),
-            rules,
             json,
-            replay,
+            replay: Replay::new(rules.kept),
+            rules,
         }
     }
 
     /// What is sent next: at first what was sent before.
     fn poll_next(
         &mut self,
+        sent: &Sent,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
         if let Some(frame) = self.replay.as_mut().and_then(|replay| replay.next()) {
             return Poll::Ready(Some(Ok(frame)));
         }
         let polled = if self.json.is_some() {
-            self.poll_message(cx)
+            self.poll_message(sent, cx)
         } else {
-            self.poll_incoming(cx)
+            self.poll_incoming(sent, cx)
         };
         if let Poll::Ready(Some(Ok(frame))) = &polled {
             let replay = self.replay.as_mut();
             if !replay.is_some_and(|replay| replay.keep(frame)) {
                 self.replay = None;
-                self.progress.spend();
+                sent.spend();
             }
         }
         polled
@@ -190,10 +214,11 @@ impl RequestBody {
     /// Reads JSON on, and gives the message when all of it has come.
     fn poll_message(
         &mut self,
+        sent: &Sent,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
         loop {
-            let came = match ready!(self.poll_incoming(cx)) {
+            let came = match ready!(self.poll_incoming(sent, cx)) {
                 Some(Ok(frame)) => frame.into_data().ok(),
                 Some(Err(error)) => return Poll::Ready(Some(Err(error))),
                 None => None,
@@ -211,7 +236,7 @@ impl RequestBody {
             return Poll::Ready(Some(match translation.message(&json.read) {
                 Some(message) => Ok(Frame::data(message)),
                 None => {
-                    self.progress.moved(BodyState::Untranslatable, 0);
+                    sent.moved(BodyState::Untranslatable, 0);
                     Err(RequestBodyError::Untranslatable)
                 }
             }));
@@ -220,16 +245,14 @@ impl RequestBody {
 
     fn poll_incoming(
         &mut self,
+        sent: &Sent,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
-        let Some(incoming) = &mut self.incoming else {
-            return Poll::Ready(None);
-        };
-        match Pin::new(incoming).poll_frame(cx) {
-            Poll::Ready(came) => Poll::Ready(self.check(came)),
+        match Pin::new(&mut self.incoming).poll_frame(cx) {
+            Poll::Ready(came) => Poll::Ready(self.check(sent, came)),
             Poll::Pending => {
-                self.progress.await_client();
-                self.poll_gap(cx).map(|error| Some(Err(error)))
+                sent.await_client();
+                self.poll_gap(sent, cx).map(|error| Some(Err(error)))
             }
         }
     }
@@ -237,82 +260,55 @@ impl RequestBody {
     /// Notes what came, and what may not go on is an error.
     fn check(
         &mut self,
+        sent: &Sent,
         came: Option<Result<Frame<Bytes>, hyper::Error>>,
     ) -> Option<Result<Frame<Bytes>, RequestBodyError>> {
         let mut frame = match came {
             Some(Ok(frame)) => frame,
             Some(Err(error)) => {
-                self.progress.moved(BodyState::broken_by(&error), 0);
+                sent.moved(BodyState::broken_by(&error), 0);
                 return Some(Err(RequestBodyError::Client(error)));
             }
             None => {
-                self.progress.moved(BodyState::Moving, 0);
-                self.progress.ended();
+                sent.moved(BodyState::Moving, 0);
+                sent.ended();
                 return None;
             }
         };
         let bytes = frame.data_ref().map_or(0, Bytes::len);
-        self.progress.moved(BodyState::Moving, bytes);
-        if self.incoming.as_ref().is_none_or(Incoming::is_end_stream) {
-            self.progress.ended();
+        sent.moved(BodyState::Moving, bytes);
+        if self.incoming.is_end_stream() {
+            sent.ended();
         }
-        if let Some(rules) = &self.rules {
-            if rules
-                .limit
-                .is_some_and(|limit| self.progress.bytes() > limit)
-            {
-                self.progress.moved(BodyState::TooLarge, 0);
-                return Some(Err(RequestBodyError::TooLarge));
-            }
-            if let Some(trailers) = frame.trailers_mut() {
-                headers::remove_unsafe_trailers(
-                    trailers,
-                    &rules.route.guarded_trailers,
-                    &rules.subject_headers,
-                );
-            }
+        let rules = &self.rules;
+        if rules.limit.is_some_and(|limit| sent.stage().bytes > limit) {
+            sent.moved(BodyState::TooLarge, 0);
+            return Some(Err(RequestBodyError::TooLarge));
+        }
+        if let Some(trailers) = frame.trailers_mut() {
+            headers::remove_unsafe_trailers(
+                trailers,
+                &rules.route.guarded_trailers,
+                &rules.subject_headers,
+            );
         }
         Some(Ok(frame))
     }
 
-    fn replayed_hint(&self, rest: SizeHint) -> SizeHint {
-        let again = self.replay.as_ref().map_or(0, |replay| replay.left());
-        let mut hint = SizeHint::new();
-        hint.set_lower(rest.lower() + again);
-        if let Some(upper) = rest.upper() {
-            hint.set_upper(upper + again);
-        }
-        hint
-    }
-
     /// Waits for the client, but not for ever.
-    fn poll_gap(&self, cx: &Context<'_>) -> Poll<RequestBodyError> {
-        let Some(rules) = &self.rules else {
+    fn poll_gap(&self, sent: &Sent, cx: &Context<'_>) -> Poll<RequestBodyError> {
+        let stage = sent.stage();
+        let gap = self.rules.gap.filter(|_| !stage.is_answered);
+        let Some(gap) = gap.or(self.rules.rest) else {
             return Poll::Pending;
         };
-        let gap = rules.gap.filter(|_| !self.progress.stage().is_answered);
-        let Some(gap) = gap.or(rules.rest) else {
-            return Poll::Pending;
-        };
-        let ends = self.progress.last() + gap;
+        let ends = stage.last + gap;
         if Instant::now() < ends {
-            rules.timeout.set(Some(ends));
+            self.rules.timeout.set(Some(ends));
         }
-        ready!(rules.timeout.poll_passed(cx));
-        self.progress.moved(BodyState::Stalled, 0);
+        ready!(self.rules.timeout.poll_passed(cx));
+        sent.moved(BodyState::Stalled, 0);
         Poll::Ready(RequestBodyError::Stalled)
-    }
-}
-
-impl Body for RequestBody {
-    type Data = Bytes;
-    type Error = RequestBodyError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, RequestBodyError>>> {
-        self.poll_next(cx)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -321,30 +317,21 @@ impl Body for RequestBody {
         }
         match &self.json {
             Some(json) => json.translation.is_none(),
-            None => self.incoming.as_ref().is_none_or(Incoming::is_end_stream),
+            None => self.incoming.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match (&self.json, &self.incoming) {
-            (None, Some(incoming)) => self.replayed_hint(incoming.size_hint()),
-            (None, None) => SizeHint::with_exact(0),
-            _ => SizeHint::default(),
+        let mut hint = SizeHint::default();
+        if self.json.is_none() {
+            let again = self.replay.as_ref().map_or(0, |replay| replay.left());
+            let rest = self.incoming.size_hint();
+            hint.set_lower(rest.lower() + again);
+            if let Some(upper) = rest.upper() {
+                hint.set_upper(upper + again);
+            }
         }
-    }
-}
-
-impl Drop for RequestBody {
-    fn drop(&mut self) {
-        if let Progress::Body(sent) = &self.progress {
-            let remains = Remains {
-                incoming: self.incoming.take(),
-                rules: self.rules.take(),
-                json: self.json.take(),
-                replay: self.replay.take(),
-            };
-            sent.leave(remains);
-        }
+        hint
     }
 }
 
