@@ -13,6 +13,7 @@ use http::uri::PathAndQuery;
 use crate::backend::health::Probe;
 use crate::backend::{GateLimits, HealthCheck, OutlierPolicy};
 use crate::config::document::Path;
+use crate::config::file::BackendProtocol;
 use crate::config::{Failover, file, value};
 use crate::routing::BASELINE;
 use crate::routing::rescue::{Rescue, Retry, RetryBudget, Shield, ShieldedRequests};
@@ -37,9 +38,13 @@ const LATENCY_FACTOR: u32 = 5;
 const STREAM_DEADLINE: Duration = Duration::from_secs(30);
 const SLOW_START: Duration = Duration::from_secs(10);
 
+const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
+const SHORTEST_CHECK_INTERVAL: Duration = Duration::from_millis(10);
+
 /// Retries that are allowed at any time.
 const LEAST_RETRIES: usize = 3;
 
+/// Answers in a row that change an opinion.
 const ANSWERS: RangeInclusive<u32> = 1..=100;
 const PERCENT: RangeInclusive<u32> = 0..=100;
 const STATUSES: RangeInclusive<u16> = 200..=599;
@@ -104,10 +109,11 @@ impl Checker<'_> {
         let role = Role::of(backend, baselines);
         let gate_limits = self.gate_limits(&backend.limits, role.in_flight, &at.key("limits"));
         let health_check = match &backend.health_check {
-            Some(check) => self
-                .health_check(check, &at.key("healthCheck"))
-                .map(Arc::new)
-                .map(Some),
+            Some(check) => {
+                self.refuse_grpc_check_of_http1(check, backend, at);
+                let check = self.health_check(check, &at.key("healthCheck"));
+                check.map(Arc::new).map(Some)
+            }
             None => Some(None),
         };
         let outliers = self.outliers(
@@ -170,12 +176,21 @@ impl Checker<'_> {
             CHECK_INTERVAL,
             &at.key("interval"),
         );
+        if interval.is_some_and(|interval| interval < SHORTEST_CHECK_INTERVAL) {
+            let message = "more than a hundred checks a second only add load";
+            self.error(&at.key("interval"), message, None);
+        }
         let timeout = self.positive(check.timeout.as_deref(), CHECK_TIMEOUT, &at.key("timeout"));
-        let healthy_after =
-            self.answers(check.healthy_after, HEALTHY_AFTER, &at.key("healthyAfter"));
-        let unhealthy_after = self.answers(
+        let healthy_after = self.within(
+            check.healthy_after,
+            HEALTHY_AFTER,
+            ANSWERS,
+            &at.key("healthyAfter"),
+        );
+        let unhealthy_after = self.within(
             check.unhealthy_after,
             UNHEALTHY_AFTER,
+            ANSWERS,
             &at.key("unhealthyAfter"),
         );
         Some(HealthCheck {
@@ -187,14 +202,21 @@ impl Checker<'_> {
         })
     }
 
-    /// How many answers in a row change an opinion.
-    fn answers(&mut self, count: Option<u32>, default: u32, at: &Path) -> Option<u32> {
-        let count = count.unwrap_or(default);
-        if !ANSWERS.contains(&count) {
-            self.error(at, format!("{count} is not between 1 and 100"), None);
-            return None;
+    /// It would fail for ever, and the backend get no requests.
+    fn refuse_grpc_check_of_http1(
+        &mut self,
+        check: &file::HealthCheck,
+        backend: &file::Backend,
+        at: &Path,
+    ) {
+        let protocol = (backend.protocol, backend.tls.is_some());
+        let is_http1 = matches!(protocol, (Some(BackendProtocol::Http1), _) | (None, false));
+        if check.grpc.is_some() && is_http1 && !self.document.is_maimed(at) {
+            let message = "gRPC needs HTTP/2, and this backend has HTTP/1.1";
+            let hint = "say `protocol: h2c`, or `h2` with `tls`";
+            let at = at.key("healthCheck").key("grpc");
+            self.error(&at, message, Some(hint.to_owned()));
         }
-        Some(count)
     }
 
     fn probe(&mut self, check: &file::HealthCheck, at: &Path) -> Option<Probe> {
@@ -263,18 +285,55 @@ impl Checker<'_> {
         let consecutive = outliers
             .consecutive_failures
             .unwrap_or(CONSECUTIVE_FAILURES);
-        let factor = outliers.latency_factor.unwrap_or(LATENCY_FACTOR);
+        if let (Some(ejection), Some(longest), true) =
+            (ejection, longest, outliers.max_ejection.is_some())
+            && longest < ejection
+        {
+            let message = "is shorter than `ejection`, which is the first";
+            self.error(&at.key("maxEjection"), message, None);
+        }
+        let longest = longest.max(ejection);
+        let least_requests = self.within(
+            outliers.min_requests,
+            LEAST_REQUESTS,
+            10..=u32::MAX,
+            &at.key("minRequests"),
+        );
+        let factor = match outliers.latency_factor {
+            Some(0) => Some(0),
+            factor => self.within(factor, LATENCY_FACTOR, 2..=1000, &at.key("latencyFactor")),
+        };
         let policy = OutlierPolicy {
             consecutive: NonZeroU32::new(consecutive),
             interval: interval?,
             ejection: ejection?,
             longest_ejection: longest?,
             most_ejected: most_ejected?,
-            least_requests: outliers.min_requests.unwrap_or(LEAST_REQUESTS).max(10),
+            least_requests: least_requests?,
             failure_excess: excess.map(|excess| Some(excess).filter(|one| one.0 > 0))?,
-            latency_factor: NonZeroU32::new(factor),
+            latency_factor: NonZeroU32::new(factor?),
         };
         Some((!outliers.disabled).then_some(policy))
+    }
+
+    fn within(
+        &mut self,
+        count: Option<u32>,
+        default: u32,
+        bounds: RangeInclusive<u32>,
+        at: &Path,
+    ) -> Option<u32> {
+        let count = count.unwrap_or(default);
+        if !bounds.contains(&count) {
+            let (least, most) = (bounds.start(), bounds.end());
+            self.error(
+                at,
+                format!("{count} is not between {least} and {most}"),
+                None,
+            );
+            return None;
+        }
+        Some(count)
     }
 
     pub(super) fn failover(
@@ -318,6 +377,9 @@ impl Checker<'_> {
         );
         let share = self.percent(retry.budget_percent, 20, &at.key("budgetPercent"));
         let buffer = self.size(retry.body_buffer, 0..=(16 << 20), &at.key("bodyBuffer"));
+        if backoff.is_some_and(|backoff| backoff > LONGEST_BACKOFF) {
+            self.error(&at.key("backoff"), "nobody waits for longer than 1m", None);
+        }
         let attempts = retry.attempts.unwrap_or(default.attempts);
         if attempts > 10 {
             self.error(&at.key("attempts"), "more than 10 only add load", None);
@@ -398,11 +460,7 @@ impl Checker<'_> {
     }
 
     fn percent(&mut self, percent: Option<u32>, default: u32, at: &Path) -> Option<Ratio> {
-        let percent = percent.unwrap_or(default);
-        if !PERCENT.contains(&percent) {
-            self.error(at, format!("{percent} is not between 0 and 100"), None);
-            return None;
-        }
+        let percent = self.within(percent, default, PERCENT, at)?;
         Some(Ratio(percent * 10_000))
     }
 
