@@ -151,8 +151,11 @@ impl Crowd {
         let mut turn = 0;
         let mut metronome = Metronome::new(rhythm);
         while !self.shared.stopped.load(Ordering::SeqCst) {
-            for _ in 0..metronome.next().await {
-                asked.push(tokio::spawn(Arc::clone(&self).ask(turn)));
+            let count = metronome.next().await;
+            // Not when a task gets to it: what waits for that waits as well.
+            let due = self.begun.elapsed();
+            for _ in 0..count {
+                asked.push(tokio::spawn(Arc::clone(&self).ask(turn, due)));
                 turn += 1;
             }
             if asked.len() > 1024 {
@@ -165,9 +168,8 @@ impl Crowd {
         }
     }
 
-    async fn ask(self: Arc<Self>, turn: usize) {
+    async fn ask(self: Arc<Self>, turn: usize, sent: Duration) {
         let (method, request) = &self.requests[turn % self.requests.len()];
-        let sent = self.begun.elapsed();
         let exchange = timeout(self.patience, self.exchange(request)).await;
         let outcome = match exchange {
             Ok(Ok(status)) => Outcome::Answered(status),

@@ -47,7 +47,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use report::Report;
-use row::{Finding, Pace, Row};
+use row::{End, Finding, Pace, Row};
 
 /// Anything that keeps a row from being measured.
 type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -127,7 +127,8 @@ fn run(cli: &Cli) -> Result<bool, Error> {
             .build()?;
         let finding = runtime.block_on(row.run(&pace));
         runtime.shutdown_background();
-        let finding = finding.unwrap_or_else(|error| Finding::not_run(error.to_string()));
+        let finding =
+            finding.unwrap_or_else(|error| Finding::cut_short(End::Aborted, error.to_string()));
         println!("{}", finding.for_people(&row));
         all_kept &= finding.is_as_promised(&row);
         report.put(&row, &finding)?;

@@ -201,7 +201,8 @@ impl Record {
 
     /// How a fault was overcome that lasted for this long.
     pub(crate) fn recovery(&self, fault: Span) -> Recovery {
-        let last = self.failures().map(|sample| sample.sent).max();
+        let ended = self.failures().map(|sample| sample.sent + sample.took);
+        let last = ended.max();
         match last {
             None => Recovery::Unharmed,
             Some(last) if last > fault.to => Recovery::After(last - fault.to),

@@ -20,8 +20,7 @@ keep their version. Unless the row says otherwise, each version's users send 200
 four of them a POST of 4 KiB and the others GETs of 4 KiB, with nothing configured but `backendRequest: 1s`: no health
 checks, and everything else as it is by default. A request has failed when its client got no connection, no whole
 response within 5 s, a wrong one, or a status other than 200; clients retry nothing. The time to recover runs to the
-moment when the last request was sent that failed: from the beginning of the fault if none failed after it, else from
-its end. Latencies are those of requests that were answered, in milliseconds, before the fault and during it.
+moment when the last client saw a failure: from the beginning of the fault if none did after it, else from its end. Latencies are those of requests that were answered, in milliseconds, before the fault and during it.
 
 ";
 

@@ -41,7 +41,7 @@ pub(crate) struct Promise {
 pub(crate) enum Measure {
     /// Requests that failed.
     Failed(Which),
-    /// Seconds until the last request that failed.
+    /// Seconds until the last failure.
     Recovery,
     /// p99 of stable's users with a broken canary, by p99 with a sound one: medians over windows.
     StableTail,
@@ -77,8 +77,19 @@ pub(crate) struct Finding {
     /// Latencies of stable's users and of the canary's, if they were measured.
     pub(crate) latencies: [Option<String>; 2],
     pub(crate) measured: Vec<(Measure, f64)>,
-    /// It could not be run here; `seen` says why.
-    pub(crate) not_run: bool,
+    pub(crate) end: End,
+}
+
+/// How the run of a row ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum End {
+    /// With everything measured.
+    #[default]
+    Whole,
+    /// This build or machine has not what it takes; `seen` says why. Nothing is broken by that.
+    NotSupported,
+    /// Something happened that must not; `seen` says what.
+    Aborted,
 }
 
 // === impl Row ===
@@ -163,11 +174,11 @@ impl Pace {
 // === impl Finding ===
 
 impl Finding {
-    /// A row that cannot be run here, and why.
-    pub(crate) fn not_run(why: String) -> Self {
+    /// A row that was not run to its end, and why.
+    pub(crate) fn cut_short(end: End, why: String) -> Self {
         Self {
             seen: why,
-            not_run: true,
+            end,
             ..Self::default()
         }
     }
@@ -214,6 +225,11 @@ impl Finding {
         }
     }
 
+    /// Notes whether the process ended by itself.
+    pub(crate) fn measure_crash(&mut self, has_crashed: bool) {
+        self.measure(Measure::Crashes, f64::from(u8::from(has_crashed)));
+    }
+
     pub(crate) fn measure(&mut self, measure: Measure, value: f64) {
         self.measured.push((measure, value));
     }
@@ -231,13 +247,19 @@ impl Finding {
 
     pub(crate) fn is_as_promised(&self, row: &Row) -> bool {
         let mut promises = row.promises.iter();
-        self.not_run || promises.all(|promise| promise.is_kept(self) == Some(true))
+        match self.end {
+            End::Whole => promises.all(|promise| promise.is_kept(self) == Some(true)),
+            End::NotSupported => true,
+            End::Aborted => false,
+        }
     }
 
     /// Each promise, with what was measured.
     pub(crate) fn verdict(&self, row: &Row) -> String {
-        if self.not_run {
-            return "not run".into();
+        match self.end {
+            End::Whole => {}
+            End::NotSupported => return "not run".into(),
+            End::Aborted => return "**broken off**".into(),
         }
         let promises = row.promises.iter().map(|promise| {
             let measured = self.measured(promise.measure).map_or("-".into(), number);

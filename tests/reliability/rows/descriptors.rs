@@ -82,8 +82,7 @@ pub(crate) async fn run(pace: &Pace) -> Result<Finding, Error> {
     finding.count_failures(&record);
     finding.measure(Measure::Recovery, recovered.as_secs_f64());
     finding.measure(Measure::IdleCpu, cpu);
-    let crashed = stage.serin.process.end()?.is_some();
-    finding.measure(Measure::Crashes, f64::from(u8::from(crashed)));
+    finding.measure_crash(stage.serin.process.end()?.is_some());
     Ok(finding)
 }
 

@@ -171,7 +171,10 @@ fn promises(described: &Described, place: Place) -> Vec<Promise> {
         Place::Canary => Which::STABLE,
         Place::OneOfThree => Which::CANARY,
     };
-    let mut promises = vec![Promise::none_of(spared)];
+    let mut promises = vec![
+        Promise::none_of(spared),
+        Promise::new(Measure::Crashes, 0.0),
+    ];
     promises.extend(match described.cause {
         // What was never sent, or nothing is wrong with, cannot fail.
         Cause::Swaps | Cause::Network(Fault::Refuse | Fault::Shape(_)) => {
@@ -212,9 +215,7 @@ pub(crate) async fn run(cause: Cause, place: Place, pace: &Pace) -> Result<Findi
     sleep(pace.time(AFTER)).await;
     let record = load.stop().await?;
     let mut finding = Finding::new(&record, Span { from, to });
-    if stage.serin.process.end()?.is_some() {
-        finding.add("Serin has crashed");
-    }
+    finding.measure_crash(stage.serin.process.end()?.is_some());
     Ok(finding)
 }
 

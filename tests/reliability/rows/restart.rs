@@ -15,7 +15,7 @@ use crate::fault::FaultProxy;
 use crate::load::{BODY, Load, Plan};
 use crate::process::{Launch, Serin, is_ready};
 use crate::record::{Span, Which};
-use crate::row::{Drill, Finding, Measure, Pace, Promise, Row};
+use crate::row::{Drill, End, Finding, Measure, Pace, Promise, Row};
 use crate::stage::{Stage, Wiring};
 
 const TIMES: usize = 20;
@@ -70,7 +70,8 @@ pub(crate) async fn run(how: How, pace: &Pace) -> Result<Finding, Error> {
         How::Takeover => Launch::TakingOver(directory.path().join("takeover.sock")),
     };
     if !launch.is_known_to(&pace.serin).await? {
-        return Ok(Finding::not_run(
+        return Ok(Finding::cut_short(
+            End::NotSupported,
             "not supported by this build: `serin run --help` names no --takeover".into(),
         ));
     }

@@ -111,8 +111,7 @@ pub(crate) async fn run(pace: &Pace) -> Result<Finding, Error> {
         .ok_or("nobody was served")?;
     finding.measure(Measure::ClientKib, each);
     finding.measure(Measure::OthersTail, others.p99.as_secs_f64() * 1e3);
-    let crashed = stage.serin.process.end()?.is_some();
-    finding.measure(Measure::Crashes, f64::from(u8::from(crashed)));
+    finding.measure_crash(stage.serin.process.end()?.is_some());
     Ok(finding)
 }
 
