@@ -382,7 +382,7 @@ mod tests {
     }
 
     fn lease(backend: &Backend, die: u64) -> Lease {
-        let pass = backend.gate.try_enter(&backend.gate_limits).unwrap();
+        let pass = backend.gate.try_enter().unwrap();
         choose(backend, die).unwrap().lease(pass)
     }
 

@@ -45,7 +45,7 @@ use crate::transcode::Call;
 use crate::upstream::{self, Needs, Pools};
 
 use answer::{Answer, Heard, answered};
-use attempts::{Again, Responded, Tried, Way};
+use attempts::{Again, Failed, Responded, Tried, Way};
 use body::{BodyRules, Progress, ReplyBody, RequestBody};
 use error::ProxyError;
 use exchange::Exchange;
@@ -260,10 +260,7 @@ impl Proxy {
             wish.ask(&mut parts.headers);
         }
         let addresses = route.tells_clients.then(|| Box::new(origin.addresses()));
-        let lease = backend
-            .gate
-            .try_enter(&backend.gate_limits)
-            .map(|pass| endpoint.lease(pass));
+        let lease = backend.gate.try_enter().map(|pass| endpoint.lease(pass));
         let again = Again::new(route, target, &parts, reason, addresses.as_deref());
         backend.request_headers.apply(&mut parts.headers);
         let rules = || BodyRules {
@@ -372,7 +369,8 @@ impl Proxy {
             // Boxed, but for the first: few requests need another attempt, or have to wait.
             let mut tried = match begun {
                 Some((lease, mut sending)) => {
-                    let sent = limits.wait(sending.as_mut(), &progress).await;
+                    let since = exchange.sent_at();
+                    let sent = limits.wait(since, sending.as_mut(), &progress).await;
                     Tried::new(target, lease, sent)
                 }
                 None => {
@@ -384,7 +382,8 @@ impl Proxy {
                 tried = Box::pin(again.go_on(way, tried, progress.clone(), &mut exchange)).await;
             }
             let translation = exchange.translation();
-            let answer = tried.outcome.and_then(|responded| {
+            let answer = tried.outcome.map_err(Failed::into_error);
+            let answer = answer.and_then(|responded| {
                 progress.answered();
                 let Responded {
                     mut response,
@@ -395,7 +394,7 @@ impl Proxy {
                     ends,
                     survey,
                     latency,
-                } = answered(&mut response, wish, &mut exchange)?;
+                } = answered(&mut response, wish, &lease, &mut exchange)?;
                 headers::prepare_response(&mut response, survey, route, tried.target, &verdict);
                 admission::tell(exchange.standing(), None, response.headers_mut());
                 let may_be_moved = |_: &Box<_>| {
@@ -484,9 +483,12 @@ impl Proxy {
     ) -> Limits {
         let asked = is_call.then(|| grpc::timeout(headers)).flatten();
         let limit = [route.request_timeout, asked].into_iter().flatten().min();
+        let began = exchange.started();
         Limits {
+            began,
             silence: route.backend_timeout,
-            deadline: limit.map(|limit| exchange.started() + limit),
+            deadline: limit.map(|limit| began + limit),
+            is_callers: limit.is_some() && limit != route.request_timeout,
             may_rest: is_call,
             timeout: self.timeouts.timeout(),
         }

@@ -266,6 +266,8 @@ fn compile_backend(
     located: &[Located],
     endpoints: &mut Endpoints,
 ) -> Backend {
+    let gate = endpoints.gate(&backend.name);
+    gate.resize(backend.gate_limits.in_flight);
     Backend {
         name: Arc::clone(&backend.name),
         version: Arc::clone(&backend.version),
@@ -278,7 +280,7 @@ fn compile_backend(
         response_headers: backend.response_headers.clone(),
         connections: backend.connections,
         transport: Arc::clone(&backend.transport),
-        gate: endpoints.gate(&backend.name),
+        gate,
         gate_limits: backend.gate_limits,
         health_check: backend.health_check.clone(),
         outliers: backend.outliers,

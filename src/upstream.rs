@@ -120,8 +120,16 @@ pub struct Loan<B> {
 /// The head of a response, with the connection that its body comes over.
 type Sent<B> = Result<(Response<Incoming>, Loan<B>), SendError>;
 
-/// A response, or why there is none, with the request if not a byte of it was written.
-type Exchanged<B> = Result<(Response<Incoming>, Loan<B>), (hyper::Error, Option<Box<Request<B>>>)>;
+/// A response, or why there is none.
+type Exchanged<B> = Result<(Response<Incoming>, Loan<B>), Broken<B>>;
+
+/// A connection broke, or refused the request.
+enum Broken<B> {
+    /// Not a byte of it was written: here it is back.
+    Untouched(hyper::Error, Box<Request<B>>),
+    /// It may have been.
+    Sent(SendError),
+}
 
 /// Why there is no response.
 #[derive(Debug)]
@@ -132,8 +140,12 @@ pub enum SendError {
     ConnectTimeout,
     /// The connection broke, or what came over it was no HTTP.
     Exchange(hyper::Error),
-    /// The connection broke before a byte of the request was written.
+    /// The endpoint has not begun with the request: it closed the new connection that was made for it,
+    /// or takes none over that.
     Unsent(hyper::Error),
+    /// It has not either, on a connection over which it has answered others: that is at its end, or has
+    /// too many of them.
+    Refused(hyper::Error),
     /// The backend has as many connections as it may have, and none became free in time.
     Crowded,
     /// The endpoint speaks HTTP/2 alone, and takes no extended CONNECT (RFC 8441 section 3).
@@ -172,7 +184,9 @@ impl fmt::Display for SendError {
         match self {
             Self::Connect(error) => write!(f, "cannot connect: {error}"),
             Self::ConnectTimeout => f.write_str("the connection did not stand in time"),
-            Self::Exchange(error) | Self::Unsent(error) => write!(f, "{error}"),
+            Self::Exchange(error) | Self::Unsent(error) | Self::Refused(error) => {
+                write!(f, "{error}")
+            }
             Self::Crowded => f.write_str("no connection became free in time"),
             Self::NoTunnel => f.write_str("the endpoint takes no extended CONNECT"),
         }
@@ -224,20 +238,20 @@ where
             None => Err(Box::new(request)),
         };
         Box::pin(async move {
-            let unsent = match begun {
+            let request = match begun {
                 Ok(exchange) => match exchange.await {
                     Ok(answer) => return Ok(answer),
-                    Err((error, None)) => return Err(SendError::Exchange(error)),
-                    Err((_, Some(unsent))) => unsent,
+                    Err(Broken::Sent(error)) => return Err(error),
+                    Err(Broken::Untouched(_, request)) => request,
                 },
-                Err(unsent) => unsent,
+                Err(request) => request,
             };
             // Boxed, or every request would take the room that making a connection needs.
             let to = To {
                 addresses: addresses.as_deref(),
                 ..to
             };
-            Box::pin(self.send_anew(to, *unsent)).await
+            Box::pin(self.send_anew(to, *request)).await
         })
     }
 
@@ -250,8 +264,8 @@ where
                 }
                 match self.exchange(to, connection, request).await {
                     Ok(answer) => return Ok(answer),
-                    Err((_, Some(unsent))) => request = *unsent,
-                    Err((error, None)) => return Err(SendError::Exchange(error)),
+                    Err(Broken::Untouched(_, unsent)) => request = *unsent,
+                    Err(Broken::Sent(error)) => return Err(error),
                 }
             }
             if let Some(opening) = self.opening(to) {
@@ -273,9 +287,9 @@ where
             return Err(SendError::NoTunnel);
         }
         let answer = self.exchange(to, connection, request).await;
-        answer.map_err(|(error, unsent)| match unsent {
-            Some(_) => SendError::Unsent(error),
-            None => SendError::Exchange(error),
+        answer.map_err(|broken| match broken {
+            Broken::Untouched(error, _) => SendError::Unsent(error),
+            Broken::Sent(error) => error,
         })
     }
 
@@ -329,19 +343,20 @@ where
         let fingerprint = to.is_pooled().then_some(to.backend.transport.fingerprint);
         async move {
             match sent.await {
-                Ok(response) => Ok((
-                    response,
-                    Loan {
+                Ok(response) => {
+                    connection.serves();
+                    let loan = Loan {
                         pools: Rc::clone(self),
                         endpoint,
                         fingerprint,
                         connection,
-                    },
-                )),
-                Err(mut error) => {
-                    let unsent = error.take_message().map(Box::new);
-                    Err((error.into_error(), unsent))
+                    };
+                    Ok((response, loan))
                 }
+                Err(mut error) => Err(match error.take_message() {
+                    Some(request) => Broken::Untouched(error.into_error(), Box::new(request)),
+                    None => Broken::Sent(connection.broken_by(error.into_error())),
+                }),
             }
         }
     }
@@ -537,6 +552,14 @@ where
     B::Data: Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
+    /// Ends the sending of a request whose response is for nobody. In HTTP/2 that cannot be done, but
+    /// endpoints do it that answer early (RFC 9113 section 8.1).
+    pub fn interrupt(&self) {
+        if let Connection::Http1(connection) = &self.connection {
+            connection.task.abort();
+        }
+    }
+
     /// Gives the connection back; its response has been read to the end.
     pub fn give_back(self) {
         let Self {
@@ -576,6 +599,36 @@ impl<B> Connection<B> {
             Self::Http2(claim) => !needs.tunnel || claim.takes_tunnels(),
         }
     }
+
+    /// It has brought a response.
+    fn serves(&self) {
+        if let Self::Http2(claim) = self {
+            claim.serves();
+        }
+    }
+
+    /// What an error means that came over it.
+    fn broken_by(&self, error: hyper::Error) -> SendError {
+        match self {
+            Self::Http2(claim) if is_refusal(&error) && claim.has_served() => {
+                SendError::Refused(error)
+            }
+            Self::Http2(_) if is_refusal(&error) => SendError::Unsent(error),
+            _ => SendError::Exchange(error),
+        }
+    }
+}
+
+/// True when an endpoint of HTTP/2 has not begun with the request: it has refused it, or has taken its
+/// leave before it came (RFC 9113 sections 6.8 and 8.7).
+fn is_refusal(error: &hyper::Error) -> bool {
+    let cause =
+        std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<h2::Error>());
+    cause.is_some_and(|cause| {
+        let refused = cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM);
+        let left = cause.is_go_away() && cause.reason() == Some(h2::Reason::NO_ERROR);
+        cause.is_remote() && (refused || left)
+    })
 }
 
 // === impl Either ===

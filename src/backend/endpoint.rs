@@ -14,7 +14,7 @@ use rustls::pki_types::ServerName;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::gate::{Gate, Pass};
+use super::gate::{Gate, GateLimits, Pass};
 use super::outlier::{Sample, log_latency};
 
 /// Names an endpoint for as long as the process runs.
@@ -227,6 +227,14 @@ impl Lease {
         &self.endpoint
     }
 
+    /// The same place at the backend, for a request that goes to another one of its endpoints now.
+    pub fn moved_to(mut self, endpoint: &Arc<Endpoint>) -> Self {
+        endpoint.in_flight.fetch_add(1, Ordering::Relaxed);
+        self.endpoint.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.endpoint = Arc::clone(endpoint);
+        self
+    }
+
     /// The endpoint has answered after so long.
     pub fn answered(&self, latency: Duration) {
         let tally = &self.endpoint.tally;
@@ -296,8 +304,8 @@ impl Endpoints {
 
     /// The gate of a backend, the living one where there is one.
     pub fn gate(&mut self, backend: &Arc<str>) -> Arc<Gate> {
-        let gate = self.gates.entry(Arc::clone(backend)).or_default();
-        Arc::clone(gate)
+        let anew = || Arc::new(Gate::new(GateLimits::default().in_flight));
+        Arc::clone(self.gates.entry(Arc::clone(backend)).or_insert_with(anew))
     }
 
     /// Told when an endpoint has failed too often in a row.
@@ -327,8 +335,7 @@ mod tests {
     }
 
     fn lease(endpoint: &Arc<Endpoint>) -> Lease {
-        let limits = crate::backend::GateLimits::default();
-        endpoint.lease(endpoint.gate.try_enter(&limits).unwrap())
+        endpoint.lease(endpoint.gate.try_enter().unwrap())
     }
 
     #[test]

@@ -2,18 +2,18 @@
 //! holding up everything else.
 //!
 //! A request that finds no room waits in a queue, first come, first served, until somebody leaves or
-//! it has waited for too long. All workers share a gate; a request that finds room touches one
-//! counter when it comes and one when it goes.
+//! it has waited for too long. All workers share a gate: a place that becomes free is given to who has
+//! waited for longest, whichever worker that is.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 
 use crate::routing::rescue::RetryBudget;
 
-/// What a gate lets in; part of a snapshot, while the gate itself outlives it.
+/// What a gate lets in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GateLimits {
     /// The most requests at a time.
@@ -24,15 +24,18 @@ pub struct GateLimits {
     pub queue_timeout: Duration,
 }
 
-/// The gate of a backend.
-#[derive(Debug, Default)]
+/// The gate of a backend; it outlives snapshots.
+#[derive(Debug)]
 pub struct Gate {
-    inside: AtomicUsize,
+    /// Those that are free.
+    places: Semaphore,
+    /// How many there are to be.
+    size: AtomicUsize,
+    /// How many are inside beyond that, since there were more places before; theirs end with them.
+    surplus: AtomicUsize,
     waiting: AtomicUsize,
     /// Repetitions among those inside.
     retries: AtomicUsize,
-    /// Told when somebody leaves and somebody waits.
-    room: Notify,
 }
 
 /// A place inside; left when it is dropped.
@@ -53,41 +56,70 @@ pub enum Crowded {
     QueueFull,
     /// It has waited for too long.
     WaitedTooLong,
+    /// The backend has as many connections as it may have, and none became free in time.
+    NoConnection,
 }
 
 // === impl Gate ===
 
 impl Gate {
-    /// Lets a request in if there is room and nobody waits.
-    pub fn try_enter(&self, limits: &GateLimits) -> Option<Pass<'_>> {
-        if self.waiting.load(Ordering::SeqCst) > 0 {
-            return None;
+    /// A gate with so many places.
+    pub fn new(places: usize) -> Self {
+        let places = places.min(Semaphore::MAX_PERMITS);
+        Self {
+            places: Semaphore::new(places),
+            size: AtomicUsize::new(places),
+            surplus: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+            retries: AtomicUsize::new(0),
         }
-        self.enter_if_room(limits)
     }
 
-    /// Lets a request in, as soon as there is room: at once, if there is and nobody waits.
+    /// Gives it so many places; of more, who waits has one at once. Called by one thread at a time.
+    pub fn resize(&self, places: usize) {
+        let places = places.min(Semaphore::MAX_PERMITS);
+        let before = self.size.swap(places, Ordering::SeqCst);
+        if let Some(more) = places.checked_sub(before) {
+            let stay = (0..more).take_while(|_| self.end_surplus()).count();
+            self.places.add_permits(more - stay);
+        } else {
+            let fewer = before - places;
+            let taken = self.places.forget_permits(fewer);
+            self.surplus.fetch_add(fewer - taken, Ordering::SeqCst);
+        }
+    }
+
+    /// Lets a request in if there is room; there is none while anybody waits.
+    pub fn try_enter(&self) -> Option<Pass<'_>> {
+        let place = self.places.try_acquire().ok()?;
+        // From here on the pass owes it back.
+        place.forget();
+        Some(Pass(self))
+    }
+
+    /// Lets a request in, as soon as there is room: at once, if there is and nobody waits. It does not
+    /// wait beyond `end`.
     ///
     /// # Errors
     ///
     /// See [`Crowded`].
-    pub async fn enter(&self, limits: &GateLimits) -> Result<Pass<'_>, Crowded> {
-        if let Some(pass) = self.try_enter(limits) {
+    pub async fn enter(
+        &self,
+        limits: &GateLimits,
+        end: Option<Instant>,
+    ) -> Result<Pass<'_>, Crowded> {
+        if let Some(pass) = self.try_enter() {
             return Ok(pass);
         }
         let _waiting = self.queue_up(limits)?;
-        let ends = Instant::now() + limits.queue_timeout;
-        loop {
-            let room = self.room.notified();
-            tokio::pin!(room);
-            // Before looking: who leaves from now on tells us.
-            room.as_mut().enable();
-            if let Some(pass) = self.enter_if_room(limits) {
-                return Ok(pass);
+        let patience = Instant::now() + limits.queue_timeout;
+        let end = end.map_or(patience, |end| end.min(patience));
+        match timeout_at(end, self.places.acquire()).await {
+            Ok(Ok(place)) => {
+                place.forget();
+                Ok(Pass(self))
             }
-            if timeout_at(ends, room).await.is_err() {
-                return Err(Crowded::WaitedTooLong);
-            }
+            _ => Err(Crowded::WaitedTooLong),
         }
     }
 
@@ -102,16 +134,13 @@ impl Gate {
 
     /// The requests inside.
     pub fn inside(&self) -> usize {
-        self.inside.load(Ordering::Relaxed)
+        let places = self.size.load(Ordering::Relaxed) + self.surplus.load(Ordering::Relaxed);
+        places.saturating_sub(self.places.available_permits())
     }
 
     /// The requests that wait.
     pub fn waiting(&self) -> usize {
         self.waiting.load(Ordering::Relaxed)
-    }
-
-    fn enter_if_room(&self, limits: &GateLimits) -> Option<Pass<'_>> {
-        add_below(&self.inside, limits.in_flight).then(|| Pass(self))
     }
 
     fn queue_up(&self, limits: &GateLimits) -> Result<Waiting<'_>, Crowded> {
@@ -122,12 +151,20 @@ impl Gate {
         }
     }
 
-    /// Gives a place back. Either who waits has been counted before this looks, or sees the place.
+    /// Gives a place back.
     pub(super) fn leave(&self) {
-        self.inside.fetch_sub(1, Ordering::SeqCst);
-        if self.waiting.load(Ordering::SeqCst) > 0 {
-            self.room.notify_one();
+        if self.surplus.load(Ordering::Relaxed) == 0 || !self.end_surplus() {
+            self.places.add_permits(1);
         }
+    }
+
+    /// One place less beyond the size; false when there is none.
+    fn end_surplus(&self) -> bool {
+        let one_less = |now: usize| now.checked_sub(1);
+        let changed = self
+            .surplus
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less);
+        changed.is_ok()
     }
 }
 
@@ -139,6 +176,7 @@ impl Crowded {
         match self {
             Self::QueueFull => "queue_full",
             Self::WaitedTooLong => "queue_timeout",
+            Self::NoConnection => "no_connection",
         }
     }
 }
@@ -184,8 +222,7 @@ impl Drop for Waiting<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::AtomicBool;
+    use std::sync::{Arc, Mutex};
 
     use crate::routing::split::Ratio;
 
@@ -199,12 +236,12 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_finds_no_room_waits_and_who_finds_no_queue_does_not() {
-        let gate = Gate::default();
-        let first = gate.try_enter(&LIMITS).unwrap();
-        let _second = gate.try_enter(&LIMITS).unwrap();
-        assert!(gate.try_enter(&LIMITS).is_none());
-        let (entered, (refused, ())) = tokio::join!(gate.enter(&LIMITS), async {
-            tokio::join!(async { gate.enter(&LIMITS).await.err() }, async {
+        let gate = Gate::new(2);
+        let first = gate.try_enter().unwrap();
+        let _second = gate.try_enter().unwrap();
+        assert!(gate.try_enter().is_none());
+        let (entered, (refused, ())) = tokio::join!(gate.enter(&LIMITS, None), async {
+            tokio::join!(async { gate.enter(&LIMITS, None).await.err() }, async {
                 drop(first);
             })
         });
@@ -214,84 +251,114 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nobody_waits_for_longer_than_allowed() {
-        let gate = Gate::default();
-        let _all = [gate.try_enter(&LIMITS), gate.try_enter(&LIMITS)];
-        let began = Instant::now();
-        assert_eq!(
-            gate.enter(&LIMITS).await.err(),
-            Some(Crowded::WaitedTooLong)
-        );
-        assert_eq!(began.elapsed(), LIMITS.queue_timeout);
+    async fn nobody_waits_for_longer_than_allowed_or_than_the_request_may_take() {
+        let gate = Gate::new(2);
+        let _all = [gate.try_enter(), gate.try_enter()];
+        let soon = Duration::from_millis(100);
+        for (end, waited) in [
+            (None, LIMITS.queue_timeout),
+            (Some(soon), soon),
+            (Some(LIMITS.queue_timeout * 2), LIMITS.queue_timeout),
+        ] {
+            let began = Instant::now();
+            let entered = gate.enter(&LIMITS, end.map(|end| began + end)).await;
+            assert_eq!(entered.err(), Some(Crowded::WaitedTooLong));
+            assert_eq!(began.elapsed(), waited);
+        }
         assert_eq!((gate.inside(), gate.waiting()), (2, 0));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn newcomers_do_not_overtake_who_waits() {
-        let gate = Gate::default();
-        let one = GateLimits {
-            in_flight: 1,
+    async fn who_came_first_is_served_first_and_newcomers_do_not_overtake() {
+        let gate = Gate::new(1);
+        let many = GateLimits {
+            queue: 10,
             ..LIMITS
         };
-        let first = gate.try_enter(&one).unwrap();
-        let has_entered = AtomicBool::new(false);
-        tokio::join!(
-            async {
-                let _pass = gate.enter(&one).await.unwrap();
-                has_entered.store(true, Ordering::SeqCst);
-            },
-            async {
-                tokio::task::yield_now().await;
-                drop(first);
-                assert!(gate.try_enter(&one).is_none(), "it was overtaken");
-            }
-        );
-        assert!(has_entered.into_inner());
-        assert!(gate.try_enter(&one).is_some());
+        let first = gate.try_enter().unwrap();
+        let order = Mutex::new(Vec::new());
+        let visit = async |number| {
+            let _pass = gate.enter(&many, None).await.unwrap();
+            order.lock().unwrap().push(number);
+            // Who comes now comes last, and leaves nobody behind.
+            assert!(gate.try_enter().is_none());
+            tokio::task::yield_now().await;
+        };
+        tokio::join!(visit(1), visit(2), visit(3), async {
+            drop(first);
+            assert!(gate.try_enter().is_none(), "who waits was overtaken");
+        });
+        assert_eq!(*order.lock().unwrap(), [1, 2, 3]);
+        assert_eq!((gate.inside(), gate.waiting()), (0, 0));
     }
 
-    /// On several threads: no place is lost, and nobody waits beside a free one.
+    #[tokio::test(start_paused = true)]
+    async fn more_places_are_for_those_who_wait_and_fewer_end_with_those_inside() {
+        let gate = Gate::new(1);
+        let first = gate.try_enter().unwrap();
+        let (second, ()) = tokio::join!(gate.enter(&LIMITS, None), async {
+            gate.resize(2);
+        });
+        let second = second.unwrap();
+        gate.resize(0);
+        assert_eq!(gate.inside(), 2);
+        drop(first);
+        assert!(gate.try_enter().is_none());
+        // One is inside, and counts.
+        gate.resize(1);
+        assert!(gate.try_enter().is_none());
+        drop(second);
+        assert_eq!(gate.inside(), 0);
+        let _only = gate.try_enter().unwrap();
+        assert!(gate.try_enter().is_none());
+    }
+
+    /// On several threads, and while the size changes: no place is lost, and nobody waits beside a
+    /// free one.
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn places_are_never_lost_nor_given_twice() {
-        let gate = Arc::new(Gate::default());
+        let gate = Arc::new(Gate::new(3));
         let limits = GateLimits {
             in_flight: 3,
             queue: 1000,
             queue_timeout: Duration::from_secs(60),
         };
-        let most = Arc::new(AtomicUsize::new(0));
+        let inside = Arc::new(AtomicUsize::new(0));
         let visitors = (0..64).map(|_| {
-            let (gate, most) = (Arc::clone(&gate), Arc::clone(&most));
+            let (gate, inside) = (Arc::clone(&gate), Arc::clone(&inside));
             tokio::spawn(async move {
                 for _ in 0..200 {
-                    let pass = gate.enter(&limits).await.unwrap();
-                    most.fetch_max(gate.inside(), Ordering::SeqCst);
+                    let pass = gate.enter(&limits, None).await.unwrap();
+                    assert!(inside.fetch_add(1, Ordering::SeqCst) < 5);
                     tokio::task::yield_now().await;
+                    inside.fetch_sub(1, Ordering::SeqCst);
                     drop(pass);
                 }
             })
         });
-        for visitor in visitors.collect::<Vec<_>>() {
+        let visitors: Vec<_> = visitors.collect();
+        for places in [5, 1, 4, 2, 5, 3] {
+            gate.resize(places);
+            tokio::task::yield_now().await;
+        }
+        for visitor in visitors {
             visitor.await.unwrap();
         }
         assert_eq!((gate.inside(), gate.waiting()), (0, 0));
-        assert!(most.load(Ordering::SeqCst) <= 3);
+        let all: Vec<_> = std::iter::from_fn(|| gate.try_enter()).collect();
+        assert_eq!(all.len(), 3);
     }
 
     #[test]
     fn repetitions_are_a_part_of_what_is_in_flight_but_never_none() {
-        let gate = Gate::default();
-        let wide = GateLimits {
-            in_flight: 100,
-            ..LIMITS
-        };
+        let gate = Gate::new(100);
         let budget = RetryBudget {
             share: Ratio(200_000),
             at_least: 1,
         };
         let first = gate.try_retry(&budget).unwrap();
         assert!(gate.try_retry(&budget).is_none());
-        let _inside: Vec<_> = (0..10).map(|_| gate.try_enter(&wide).unwrap()).collect();
+        let _inside: Vec<_> = (0..10).map(|_| gate.try_enter().unwrap()).collect();
         let _second = gate.try_retry(&budget).unwrap();
         assert!(gate.try_retry(&budget).is_none());
         drop(first);

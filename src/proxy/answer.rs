@@ -47,8 +47,30 @@ pub(super) struct Heard {
 pub(super) fn answered(
     response: &mut Response<Incoming>,
     wish: Option<Box<Wish>>,
+    lease: &Lease,
     exchange: &mut Exchange,
 ) -> Result<Heard, ProxyError> {
+    let checked = checked(response, wish);
+    let (ends, survey) = checked.inspect_err(|error| {
+        if error.blames_endpoint() {
+            lease.failed();
+        }
+    })?;
+    *response.version_mut() = Version::HTTP_11;
+    let latency = exchange.answered(response.status());
+    exchange.heard_head(response);
+    Ok(Heard {
+        ends,
+        survey,
+        latency,
+    })
+}
+
+/// Where a response leads, and what it has, unless it must not go on.
+fn checked(
+    response: &mut Response<Incoming>,
+    wish: Option<Box<Wish>>,
+) -> Result<(Option<Ends>, Survey), ProxyError> {
     let ends = match wish {
         Some(wish) => wish.answered(response)?,
         // Nobody asked: the upgrade fields were taken out of the request.
@@ -60,14 +82,7 @@ pub(super) fn answered(
     let survey = Survey::of(response.headers());
     let refusal = || ProxyError::UnknownCoding;
     headers::refuse_transfer_coding(response.headers(), survey, refusal)?;
-    *response.version_mut() = Version::HTTP_11;
-    let latency = exchange.answered(response.status());
-    exchange.heard_head(response);
-    Ok(Heard {
-        ends,
-        survey,
-        latency,
-    })
+    Ok((ends, survey))
 }
 
 // === impl Answer ===

@@ -3,16 +3,17 @@
 //! What is allowed is [`rescue`](crate::routing::rescue)'s to say; here it is done. A healthy request
 //! only has its head copied ahead of time, since whoever sends it consumes it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::request::Parts;
-use http::{Request, Response, StatusCode};
+use http::{Request, Response};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body, Incoming};
 use tokio::time::{Instant, timeout};
 
-use crate::backend::gate::RetryPass;
-use crate::backend::{EndpointId, Lease, UpstreamProtocol};
+use crate::backend::gate::{Pass, RetryPass};
+use crate::backend::{Crowded, Endpoint, EndpointId, Lease, UpstreamProtocol};
 use crate::routing::rescue::{Case, Remedy, Trouble};
 use crate::routing::{BASELINE, Reason};
 use crate::snapshot::{Route, RouteTarget};
@@ -58,9 +59,7 @@ pub(super) struct Way<'w> {
 /// What came of an attempt.
 pub(super) struct Tried<'s> {
     pub(super) target: &'s RouteTarget,
-    /// Where it went; `None` if it did not get that far.
-    endpoint: Option<EndpointId>,
-    pub(super) outcome: Result<Responded, ProxyError>,
+    pub(super) outcome: Result<Responded, Failed>,
 }
 
 /// The head of a response, with what it came by.
@@ -70,14 +69,30 @@ pub(super) struct Responded {
     pub(super) lease: Lease,
 }
 
+/// Why there is none.
+pub(super) struct Failed {
+    error: ProxyError,
+    /// The place that the request has all the same; `None` if it did not get that far.
+    lease: Option<Lease>,
+}
+
 /// A next attempt that can be made.
 struct Next<'s> {
     remedy: Remedy,
     target: &'s RouteTarget,
-    lease: Lease,
-    pause: Duration,
+    endpoint: &'s Arc<Endpoint>,
+    /// A place at its backend; `None` where it goes on with the one that it has.
+    pass: Option<Pass<'s>>,
     /// Counts it as a repetition.
     _budget: Option<RetryPass<'s>>,
+}
+
+// === impl Failed ===
+
+impl Failed {
+    pub(super) fn into_error(self) -> ProxyError {
+        self.error
+    }
 }
 
 // === impl Tried ===
@@ -89,44 +104,78 @@ impl<'s> Tried<'s> {
         lease: Lease,
         sent: Result<(Response<Incoming>, Loan<RequestBody>), ProxyError>,
     ) -> Self {
-        let endpoint = Some(lease.endpoint().id);
-        let outcome = match sent {
-            Ok((response, loan)) => {
-                if response.status().is_server_error() {
-                    lease.failed();
-                }
-                Ok(Responded {
-                    response,
-                    loan,
-                    lease,
-                })
-            }
-            Err(error) => {
-                if error.blames_endpoint() {
-                    lease.failed();
-                }
-                Err(error)
-            }
+        let is_failure = match &sent {
+            Ok((response, _)) => response.status().is_server_error(),
+            Err(error) => error.blames_endpoint(),
         };
+        if is_failure {
+            lease.failed();
+        }
+        let outcome = match sent {
+            Ok((response, loan)) => Ok(Responded {
+                response,
+                loan,
+                lease,
+            }),
+            Err(error) => Err(Failed {
+                error,
+                lease: Some(lease),
+            }),
+        };
+        Self { target, outcome }
+    }
+
+    /// An attempt that did not get that far.
+    fn failed(target: &'s RouteTarget, error: ProxyError) -> Self {
+        let lease = None;
         Self {
             target,
-            endpoint,
-            outcome,
+            outcome: Err(Failed { error, lease }),
         }
     }
 
     fn trouble(&self) -> Option<Trouble> {
         match &self.outcome {
             Ok(responded) => Some(Trouble::Status(responded.response.status())),
-            Err(error) => error.trouble(),
+            Err(failed) => failed.error.trouble(),
         }
     }
 
-    /// What a client would have got.
-    fn status(&self) -> StatusCode {
+    /// The place that it has.
+    fn lease(&self) -> Option<&Lease> {
         match &self.outcome {
-            Ok(responded) => responded.response.status(),
-            Err(error) => error.status(),
+            Ok(responded) => Some(&responded.lease),
+            Err(failed) => failed.lease.as_ref(),
+        }
+    }
+
+    /// The request's body from its beginning, as soon as whoever has sent it lets go of it; `None` if
+    /// that takes too long.
+    async fn body(&self, progress: &mut Progress) -> Option<RequestBody> {
+        if let Ok(responded) = &self.outcome
+            && !progress.is_sent()
+        {
+            responded.loan.interrupt();
+        }
+        let body = RequestBody::again(progress, Instant::now());
+        timeout(LETTING_GO, body).await.ok()
+    }
+
+    /// Lets go of it, but for its place, since there is another attempt; `was_sent` with all of the
+    /// request's body.
+    fn give_up(self, was_sent: bool) -> Option<Lease> {
+        match self.outcome {
+            Ok(responded) => Some(responded.read_off(was_sent)),
+            Err(failed) => failed.lease,
+        }
+    }
+
+    /// Takes note if there was no connection for it.
+    fn count_shortage(&self, exchange: &Exchange) {
+        if let Err(Failed { error, .. }) = &self.outcome
+            && let ProxyError::Crowded(why @ Crowded::NoConnection) = error
+        {
+            exchange.found_no_room(self.target, *why);
         }
     }
 }
@@ -170,7 +219,7 @@ impl<'s> Again<'s> {
     pub(super) fn concerns(&self, tried: &Tried<'_>) -> bool {
         match &tried.outcome {
             Ok(Responded { response, .. }) => self.route.rescue.concerns(response.status()),
-            Err(error) => error.trouble().is_some(),
+            Err(failed) => failed.error.trouble().is_some(),
         }
     }
 
@@ -184,16 +233,27 @@ impl<'s> Again<'s> {
     ) -> Tried<'s> {
         let mut tried = first;
         while let Some(trouble) = tried.trouble() {
-            self.failed.extend(tried.endpoint);
-            let Some(next) = self.next(way, trouble, &tried, &progress, exchange).await else {
+            let lease = tried.lease();
+            self.failed.extend(lease.map(|lease| lease.endpoint().id));
+            tried.count_shortage(exchange);
+            let next = self.next(way, trouble, &tried, &progress, exchange);
+            let Some(next) = next.await else {
                 break;
             };
-            if !way.limits.pause(next.pause).await {
+            let was_sent = progress.is_sent();
+            let Some(body) = tried.body(&mut progress).await else {
                 break;
-            }
-            self.give_up(tried, &next, &progress, exchange);
+            };
+            self.turn_to(&next, &tried, exchange);
+            let target = next.target;
+            let lease = match (next.pass, tried.give_up(was_sent)) {
+                (Some(pass), _) => next.endpoint.lease(pass),
+                (None, Some(lease)) => lease.moved_to(next.endpoint),
+                // `retry` has looked.
+                (None, None) => return Tried::failed(target, ProxyError::NoEndpoint),
+            };
             tried = self
-                .attempt(way, next.target, next.lease, &mut progress, exchange)
+                .attempt(way, target, lease, body, &progress, exchange)
                 .await;
         }
         tried
@@ -208,15 +268,14 @@ impl<'s> Again<'s> {
         exchange: &mut Exchange,
     ) -> Tried<'s> {
         match self.enter(way, target, exchange).await {
-            Ok(lease) => {
-                self.attempt(way, target, lease, &mut progress, exchange)
+            Ok((endpoint, pass)) => {
+                // Nobody has sent it yet.
+                let body = RequestBody::again(&mut progress, Instant::now()).await;
+                let lease = endpoint.lease(pass);
+                self.attempt(way, target, lease, body, &progress, exchange)
                     .await
             }
-            Err(error) => Tried {
-                target,
-                endpoint: None,
-                outcome: Err(error),
-            },
+            Err(error) => Tried::failed(target, error),
         }
     }
 
@@ -229,39 +288,64 @@ impl<'s> Again<'s> {
         progress: &Progress,
         exchange: &Exchange,
     ) -> Option<Next<'s>> {
-        if way.limits.is_over() {
-            return None;
-        }
         let case = self.case(tried, progress);
         for remedy in self.route.rescue.remedies(trouble, &case) {
-            let target = match remedy {
-                Remedy::Retry => tried.target,
-                Remedy::Shield => &self.route.targets[BASELINE],
+            if way.limits.is_over() {
+                return None;
+            }
+            let next = match remedy {
+                Remedy::Retry => self.retry(way, trouble, &case, tried, exchange).await,
+                Remedy::Shield => self.shield(way, exchange).await,
             };
-            let (pause, budget) = match remedy {
-                Remedy::Shield => (Duration::ZERO, None),
-                Remedy::Retry => {
-                    let retry = &self.route.rescue.retry;
-                    let pass = target.backend.gate.try_retry(&retry.budget);
-                    if pass.is_none() {
-                        exchange.retried(false);
-                        continue;
-                    }
-                    let die = way.proxy.dice.borrow_mut().f64();
-                    (retry.pause(trouble, &case, die), pass)
-                }
-            };
-            if let Ok(lease) = self.enter(way, target, exchange).await {
-                return Some(Next {
-                    remedy,
-                    target,
-                    lease,
-                    pause,
-                    _budget: budget,
-                });
+            if next.is_some() {
+                return next;
             }
         }
         None
+    }
+
+    /// Once more at the same version, with the place that the request has there: to wait for another
+    /// one beside it would be to wait for others who do the same.
+    async fn retry(
+        &self,
+        way: Way<'_>,
+        trouble: Trouble,
+        case: &Case,
+        tried: &Tried<'s>,
+        exchange: &Exchange,
+    ) -> Option<Next<'s>> {
+        let retry = &self.route.rescue.retry;
+        let target = tried.target;
+        let budget = target.backend.gate.try_retry(&retry.budget);
+        if budget.is_none() {
+            exchange.retried(false);
+            return None;
+        }
+        let die = way.proxy.dice.borrow_mut().f64();
+        if !way.limits.pause(retry.pause(trouble, case, die)).await {
+            return None;
+        }
+        tried.lease()?;
+        Some(Next {
+            remedy: Remedy::Retry,
+            target,
+            endpoint: self.choose(way, target)?,
+            pass: None,
+            _budget: budget,
+        })
+    }
+
+    /// The baseline instead.
+    async fn shield(&self, way: Way<'_>, exchange: &Exchange) -> Option<Next<'s>> {
+        let target = &self.route.targets[BASELINE];
+        let (endpoint, pass) = self.enter(way, target, exchange).await.ok()?;
+        Some(Next {
+            remedy: Remedy::Shield,
+            target,
+            endpoint,
+            pass: Some(pass),
+            _budget: None,
+        })
     }
 
     fn case(&self, tried: &Tried<'_>, progress: &Progress) -> Case {
@@ -278,44 +362,43 @@ impl<'s> Again<'s> {
         }
     }
 
-    /// The right to send it to an endpoint of this target, as soon as there is room.
+    /// An endpoint of this target with a place at its backend, as soon as there is room.
     async fn enter(
         &self,
         way: Way<'_>,
         target: &'s RouteTarget,
         exchange: &Exchange,
-    ) -> Result<Lease, ProxyError> {
+    ) -> Result<(&'s Arc<Endpoint>, Pass<'s>), ProxyError> {
         let backend = &target.backend;
-        let pass = backend.gate.enter(&backend.gate_limits).await;
+        let end = way.limits.deadline;
+        let pass = backend.gate.enter(&backend.gate_limits, end).await;
         let pass = pass.map_err(|why| {
             exchange.found_no_room(target, why);
-            ProxyError::Crowded(why)
+            if way.limits.is_over() {
+                ProxyError::OutOfTime
+            } else {
+                ProxyError::Crowded(why)
+            }
         })?;
-        let die = way.proxy.roll();
-        backend
-            .choose(die, Instant::now(), &self.failed)
-            .map(|endpoint| endpoint.lease(pass))
-            .ok_or(ProxyError::NoEndpoint)
+        // While it waited, the last one may have been taken out.
+        let endpoint = self.choose(way, target).ok_or(ProxyError::NoEndpoint)?;
+        Ok((endpoint, pass))
     }
 
-    /// Lets go of what came of an attempt, since there is another one.
-    fn give_up(
-        &mut self,
-        tried: Tried<'s>,
-        next: &Next<'s>,
-        progress: &Progress,
-        exchange: &mut Exchange,
-    ) {
-        let status = tried.status();
-        let grpc = match &tried.outcome {
-            Ok(_) => None,
-            Err(error) => Some(error.grpc_status()),
+    fn choose(&self, way: Way<'_>, target: &'s RouteTarget) -> Option<&'s Arc<Endpoint>> {
+        let backend = &target.backend;
+        backend.choose(way.proxy.roll(), Instant::now(), &self.failed)
+    }
+
+    /// Takes note that an attempt is given up for the next one.
+    fn turn_to(&mut self, next: &Next<'s>, tried: &Tried<'s>, exchange: &mut Exchange) {
+        let (status, grpc) = match &tried.outcome {
+            Ok(responded) => (responded.response.status(), None),
+            Err(Failed { error, .. }) => {
+                exchange.attempt_failed(error.token());
+                (error.status(), Some(error.grpc_status()))
+            }
         };
-        match tried.outcome {
-            Ok(responded) if progress.is_sent() => responded.read_off(),
-            Ok(_) => {}
-            Err(error) => exchange.attempt_failed(error.token()),
-        }
         match next.remedy {
             Remedy::Retry => {
                 self.retries += 1;
@@ -333,28 +416,21 @@ impl<'s> Again<'s> {
         way: Way<'_>,
         target: &'s RouteTarget,
         lease: Lease,
-        progress: &mut Progress,
+        body: RequestBody,
+        progress: &Progress,
         exchange: &mut Exchange,
     ) -> Tried<'s> {
         let now = Instant::now();
         exchange.begins_again(now);
-        let body = timeout(LETTING_GO, RequestBody::again(progress, now)).await;
-        let Ok(body) = body else {
-            return Tried {
-                target,
-                endpoint: None,
-                outcome: Err(ProxyError::Timeout),
-            };
-        };
-        let request = self.request(target, body);
         exchange.has_body(progress.clone());
         exchange.sent_to(lease.endpoint());
+        let request = self.request(target, body);
         let sent = {
             let addresses = self.addresses.clone();
             let (backend, endpoint) = (&target.backend, lease.endpoint());
             let pools = &way.proxy.pools;
             let mut sending = pools.send(backend, endpoint, request, way.needs, addresses);
-            way.limits.wait(sending.as_mut(), progress).await
+            way.limits.wait(now, sending.as_mut(), progress).await
         };
         Tried::new(target, lease, sent)
     }
@@ -374,22 +450,24 @@ impl<'s> Again<'s> {
 impl Responded {
     /// Reads what is left of a short response that nobody gets, so that its connection can be used
     /// again; closing one for each would cost a broken version, and us, a new one for each request.
-    fn read_off(self) {
+    /// That is so only if all of the request `was_sent`. Returns the place that it had.
+    fn read_off(self, was_sent: bool) -> Lease {
         let Self {
             response,
             loan,
             lease,
         } = self;
         let body = response.into_body();
-        if body.is_end_stream() {
-            return loan.give_back();
+        if was_sent && body.is_end_stream() {
+            loan.give_back();
+        } else if was_sent {
+            drop(tokio::task::spawn_local(async move {
+                let whole = Limited::new(body, LEFTOVER_BYTES).collect();
+                if let Ok(Ok(_)) = timeout(LEFTOVER_TIME, whole).await {
+                    loan.give_back();
+                }
+            }));
         }
-        drop(tokio::task::spawn_local(async move {
-            let whole = Limited::new(body, LEFTOVER_BYTES).collect();
-            if let Ok(Ok(_)) = timeout(LEFTOVER_TIME, whole).await {
-                loan.give_back();
-            }
-            drop(lease);
-        }));
+        lease
     }
 }

@@ -66,8 +66,10 @@ pub enum ProxyError {
     Connect(io::Error),
     /// The connection did not stand in time.
     ConnectTimeout,
-    /// The connection broke before the request was on its way.
+    /// The endpoint has not begun with the request, though the connection was new.
     Unsent(hyper::Error),
+    /// The endpoint has not begun with it, on a connection over which it has answered others.
+    Refused(hyper::Error),
     /// The connection broke before the response.
     Terminated(hyper::Error),
     /// The endpoint coded its response in a way that is not undone here.
@@ -80,6 +82,8 @@ pub enum ProxyError {
     UpgradeFailed,
     /// The response did not come in time.
     Timeout,
+    /// Nor did it here, but too little was left of the time for that to say anything of the endpoint.
+    OutOfTime,
 }
 
 /// Whose fault an error is.
@@ -110,10 +114,10 @@ impl ProxyError {
             SendError::Connect(error) if is_exhaustion(&error) => Self::Exhausted(error),
             SendError::Connect(error) => Self::Connect(error),
             SendError::ConnectTimeout => Self::ConnectTimeout,
-            SendError::Crowded => Self::Crowded(Crowded::WaitedTooLong),
+            SendError::Crowded => Self::Crowded(Crowded::NoConnection),
             SendError::NoTunnel => Self::UpgradeFailed,
             SendError::Unsent(error) => Self::Unsent(error),
-            SendError::Exchange(error) if is_refusal(&error) => Self::Unsent(error),
+            SendError::Refused(error) => Self::Refused(error),
             SendError::Exchange(error) if error.is_parse() => Self::Malformed(error),
             SendError::Exchange(error) => Self::Terminated(error),
         }
@@ -122,8 +126,10 @@ impl ProxyError {
     /// What it means for sending the request again; `None` where that is out of the question.
     pub fn trouble(&self) -> Option<Trouble> {
         match self {
-            Self::Crowded(_) | Self::Exhausted(_) => Some(Trouble::Crowded),
-            Self::Connect(_) | Self::ConnectTimeout | Self::Unsent(_) => Some(Trouble::Unsent),
+            Self::NoEndpoint | Self::Crowded(_) | Self::Exhausted(_) => Some(Trouble::Unavailable),
+            Self::Connect(_) | Self::ConnectTimeout | Self::Unsent(_) | Self::Refused(_) => {
+                Some(Trouble::Unsent)
+            }
             Self::Terminated(_) | Self::Malformed(_) => Some(Trouble::Broken),
             Self::Timeout => Some(Trouble::Timeout),
             _ => None,
@@ -136,8 +142,11 @@ impl ProxyError {
             self,
             Self::Connect(_)
                 | Self::ConnectTimeout
+                | Self::Unsent(_)
                 | Self::Terminated(_)
                 | Self::Malformed(_)
+                | Self::UnknownCoding
+                | Self::UnaskedUpgrade
                 | Self::Timeout
         )
     }
@@ -163,12 +172,13 @@ impl ProxyError {
             Self::ClientGone => client_gone(),
             Self::Connect(_)
             | Self::Unsent(_)
+            | Self::Refused(_)
             | Self::Terminated(_)
             | Self::Malformed(_)
             | Self::UnknownCoding
             | Self::UnaskedUpgrade
             | Self::UpgradeFailed => StatusCode::BAD_GATEWAY,
-            Self::ConnectTimeout | Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::ConnectTimeout | Self::Timeout | Self::OutOfTime => StatusCode::GATEWAY_TIMEOUT,
         }
     }
 
@@ -194,11 +204,11 @@ impl ProxyError {
             Self::NoEndpoint => "destination_unavailable",
             Self::Connect(error) => connect_token(error),
             Self::ConnectTimeout => "connection_timeout",
-            Self::Unsent(_) | Self::Terminated(_) => "connection_terminated",
+            Self::Unsent(_) | Self::Refused(_) | Self::Terminated(_) => "connection_terminated",
             Self::Malformed(_) => "http_protocol_error",
             Self::UnknownCoding => "http_response_transfer_coding",
             Self::UnaskedUpgrade | Self::UpgradeFailed => "http_upgrade_failed",
-            Self::Timeout => "http_response_timeout",
+            Self::Timeout | Self::OutOfTime => "http_response_timeout",
         }
     }
 
@@ -226,7 +236,7 @@ impl ProxyError {
     pub fn grpc_status(&self) -> grpc::Status {
         match self {
             // A stream may rest until its deadline, so one that has stalled has met that.
-            Self::ConnectTimeout | Self::Timeout | Self::RequestStalled => {
+            Self::ConnectTimeout | Self::Timeout | Self::OutOfTime | Self::RequestStalled => {
                 grpc::Status::DEADLINE_EXCEEDED
             }
             Self::UriTooLong | Self::HeadTooLarge | Self::BodyTooLarge | Self::RateLimited(_) => {
@@ -234,7 +244,9 @@ impl ProxyError {
             }
             Self::Untranslatable => grpc::Status::INVALID_ARGUMENT,
             Self::ClientGone => grpc::Status::CANCELLED,
-            Self::Unsent(error) | Self::Terminated(error) => grpc::Status::from_broken(error),
+            Self::Unsent(error) | Self::Refused(error) | Self::Terminated(error) => {
+                grpc::Status::from_broken(error)
+            }
             _ => grpc::Status::from_http(self.status()),
         }
     }
@@ -341,11 +353,12 @@ impl ProxyError {
             Self::ConnectTimeout => "the upstream did not accept the connection in time",
             Self::Crowded(_) => "the upstream has as many requests as it may have",
             Self::Unsent(_) | Self::Terminated(_) => "the upstream closed the connection",
+            Self::Refused(_) => "the upstream takes no more requests on this connection",
             Self::Malformed(_) => "the upstream's response is malformed",
             Self::UnknownCoding => "the upstream's response has an unknown transfer coding",
             Self::UnaskedUpgrade => "the upstream switched protocols without being asked",
             Self::UpgradeFailed => "the upstream did not agree to the tunnel",
-            Self::Timeout => "the upstream did not answer in time",
+            Self::Timeout | Self::OutOfTime => "the upstream did not answer in time",
         }
     }
 }
@@ -372,18 +385,6 @@ fn connect_token(error: &io::Error) -> &'static str {
 /// What went wrong in a TLS handshake.
 fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref()?.downcast_ref()
-}
-
-/// True when an endpoint of HTTP/2 has not begun with the request: it has refused it, or has taken its
-/// leave before it came (RFC 9113 sections 6.8 and 8.7).
-fn is_refusal(error: &hyper::Error) -> bool {
-    let cause =
-        std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<h2::Error>());
-    cause.is_some_and(|cause| {
-        let refused = cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM);
-        let left = cause.is_go_away() && cause.reason() == Some(h2::Reason::NO_ERROR);
-        cause.is_remote() && (refused || left)
-    })
 }
 
 /// True for what this machine lacks, whatever the endpoint does.

@@ -13,24 +13,40 @@ use super::body::{BodyState, Progress};
 use super::error::ProxyError;
 use super::timeouts::Timeout;
 
+/// How long an endpoint must have had before a deadline that the caller has set says anything of it:
+/// callers may set what they like, and must not be able to have endpoints taken out.
+const FAIR_TIME: Duration = Duration::from_secs(1);
+
 /// How long an exchange may take.
 pub(super) struct Limits {
+    /// When it began.
+    pub(super) began: Instant,
     /// From the last sign of life of the request's body, so that a long upload is not cut off, to
     /// the head of the response.
     pub(super) silence: Option<Duration>,
     /// The end of the exchange, whatever happens.
     pub(super) deadline: Option<Instant>,
+    /// The caller has set that, and not the route.
+    pub(super) is_callers: bool,
     /// The request's body may stand still for as long as it likes.
     pub(super) may_rest: bool,
     pub(super) timeout: Timeout,
 }
 
+/// The end of an exchange whose response has begun.
+pub(super) struct Deadline {
+    pub(super) timeout: Timeout,
+    /// The caller has set it, and not the route.
+    pub(super) is_callers: bool,
+}
+
 // === impl Limits ===
 
 impl Limits {
-    /// Waits for the head of a response, but not for ever.
+    /// Waits for the head of a response to what is sent since `since`, but not for ever.
     pub(super) async fn wait<T>(
         &self,
+        since: Instant,
         mut sending: Pin<&mut impl Future<Output = Result<T, SendError>>>,
         progress: &Progress,
     ) -> Result<T, ProxyError> {
@@ -57,11 +73,29 @@ impl Limits {
                     _ if progress.state() == BodyState::AwaitingClient => {
                         return Poll::Ready(Err(ProxyError::RequestStalled));
                     }
-                    _ => return Poll::Ready(Err(ProxyError::Timeout)),
+                    _ => return Poll::Ready(Err(self.late(since))),
                 }
             }
         })
         .await
+    }
+
+    /// What it means that there is no response in time to what was sent at `since`: before that a
+    /// request may have waited for room, or been with somebody else.
+    fn late(&self, since: Instant) -> ProxyError {
+        let Some(end) = self.deadline.filter(|_| self.is_over()) else {
+            return ProxyError::Timeout;
+        };
+        let enough = if self.is_callers {
+            FAIR_TIME
+        } else {
+            end.saturating_duration_since(self.began) / 2
+        };
+        if end.saturating_duration_since(since) >= enough {
+            ProxyError::Timeout
+        } else {
+            ProxyError::OutOfTime
+        }
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -74,9 +108,12 @@ impl Limits {
     }
 
     /// What is left of them once the head of the response is here.
-    pub(super) fn into_deadline(self) -> Option<Timeout> {
+    pub(super) fn into_deadline(self) -> Option<Deadline> {
         self.timeout.set(self.deadline);
-        self.deadline.map(|_| self.timeout)
+        self.deadline.map(|_| Deadline {
+            timeout: self.timeout,
+            is_callers: self.is_callers,
+        })
     }
 
     /// Waits so long; false when the exchange would be over by then.

@@ -71,8 +71,8 @@ pub enum ShieldedRequests {
 /// What has happened to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
-    /// Its backend has no room for it, which waiting once more would not change.
-    Crowded,
+    /// Its backend has no room or no endpoint for it, which asking once more would not change.
+    Unavailable,
     /// No endpoint has seen it, or one has said that it did nothing.
     Unsent,
     /// There is no telling what the endpoint did.
@@ -143,7 +143,7 @@ impl Retry {
 
     fn allows(&self, trouble: Trouble, case: &Case) -> bool {
         let is_covered = match trouble {
-            Trouble::Crowded => false,
+            Trouble::Unavailable => false,
             Trouble::Unsent => true,
             Trouble::Broken => case.is_idempotent,
             // An endpoint that has answered, or is at its end, would do the same again.
@@ -183,7 +183,7 @@ impl Default for Retry {
 impl Shield {
     fn allows(&self, trouble: Trouble, case: &Case) -> bool {
         let is_covered = match trouble {
-            Trouble::Crowded | Trouble::Unsent => true,
+            Trouble::Unavailable | Trouble::Unsent => true,
             Trouble::Broken | Trouble::Timeout => case.is_idempotent,
             // Whoever asks for a version wants to see what it says.
             Trouble::Status(status) => {
@@ -192,7 +192,7 @@ impl Shield {
         };
         let is_asked = match self.requests {
             ShieldedRequests::None => false,
-            ShieldedRequests::Unsent => matches!(trouble, Trouble::Crowded | Trouble::Unsent),
+            ShieldedRequests::Unsent => matches!(trouble, Trouble::Unavailable | Trouble::Unsent),
             ShieldedRequests::Idempotent => true,
         };
         is_covered && is_asked && case.is_whole && !case.at_baseline
@@ -258,7 +258,7 @@ mod tests {
                 at_baseline,
                 ..GET_AT_CANARY
             };
-            assert_eq!(remedies(Trouble::Crowded, case), expected);
+            assert_eq!(remedies(Trouble::Unavailable, case), expected);
         }
     }
 
@@ -357,7 +357,7 @@ mod tests {
         let status =
             (500_u16..600).prop_map(|code| Trouble::Status(StatusCode::from_u16(code).unwrap()));
         let plain = vec![
-            Trouble::Crowded,
+            Trouble::Unavailable,
             Trouble::Unsent,
             Trouble::Broken,
             Trouble::Timeout,
@@ -369,7 +369,7 @@ mod tests {
         #[test]
         fn nothing_that_may_have_had_an_effect_is_sent_twice(case in case(), trouble in trouble()) {
             let any = remedies(trouble, case);
-            let is_unseen = matches!(trouble, Trouble::Crowded | Trouble::Unsent);
+            let is_unseen = matches!(trouble, Trouble::Unavailable | Trouble::Unsent);
             if !case.is_idempotent && !is_unseen || !case.is_whole {
                 prop_assert_eq!(any, []);
             }

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::io;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hyper::body::Body;
 use hyper::client::conn::http2::SendRequest;
@@ -17,6 +17,9 @@ use super::room::Room;
 /// is full makes requests wait.
 const FULL_AT_PERCENT: usize = 80;
 
+/// How long a request must have waited in vain to say something of its connection.
+const SILENCE: Duration = Duration::from_secs(1);
+
 /// A connection that many requests share.
 #[derive(Debug)]
 pub(super) struct Shared<B> {
@@ -25,6 +28,10 @@ pub(super) struct Shared<B> {
     /// The most requests at a time, whatever the peer allows.
     limit: usize,
     in_use: Cell<usize>,
+    /// How many responses it has brought.
+    served: Cell<u64>,
+    /// Nothing comes over it any more: whoever is behind it may be gone without a word.
+    is_silent: Cell<bool>,
     /// Where it is counted; who waits there may wait for a place on it.
     room: Option<Rc<Room>>,
     idle_since: Cell<Instant>,
@@ -41,7 +48,12 @@ pub(super) trait Peer: fmt::Debug {
 
 /// A place on a shared connection, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Claim<B>(Rc<Shared<B>>);
+pub(super) struct Claim<B> {
+    shared: Rc<Shared<B>>,
+    since: Instant,
+    /// How many responses it had brought by then.
+    served_before: u64,
+}
 
 /// A shared connection that is being made, for all who would use it: so that a hundred requests at
 /// once do not make a hundred connections.
@@ -75,6 +87,8 @@ where
             peer,
             limit,
             in_use: Cell::new(0),
+            served: Cell::new(0),
+            is_silent: Cell::new(false),
             idle_since: Cell::new(Instant::now()),
             room,
         })
@@ -82,11 +96,15 @@ where
 
     /// A place on it, if it has room.
     pub(super) fn claim(self: &Rc<Self>) -> Option<Claim<B>> {
-        if self.sender.is_closed() || self.in_use.get() >= self.room() {
+        if self.is_over() || self.in_use.get() >= self.room() {
             return None;
         }
         self.in_use.set(self.in_use.get() + 1);
-        Some(Claim(Rc::clone(self)))
+        Some(Claim {
+            shared: Rc::clone(self),
+            since: Instant::now(),
+            served_before: self.served.get(),
+        })
     }
 
     fn room(&self) -> usize {
@@ -94,9 +112,13 @@ where
         allowed.clamp(1, self.limit)
     }
 
+    fn is_over(&self) -> bool {
+        self.sender.is_closed() || self.is_silent.get()
+    }
+
     /// True when nobody has used it since `then`, or nobody can any more.
     pub(super) fn is_unused_since(&self, then: Option<Instant>) -> bool {
-        self.sender.is_closed()
+        self.is_over()
             || self.in_use.get() == 0 && then.is_some_and(|then| self.idle_since.get() <= then)
     }
 }
@@ -105,22 +127,40 @@ where
 
 impl<B> Claim<B> {
     pub(super) fn takes_tunnels(&self) -> bool {
-        self.0.peer.takes_tunnels()
+        self.shared.peer.takes_tunnels()
+    }
+
+    /// It has brought a response.
+    pub(super) fn serves(&self) {
+        self.shared.served.set(self.shared.served.get() + 1);
+    }
+
+    pub(super) fn has_served(&self) -> bool {
+        self.shared.served.get() > 0
     }
 
     pub(super) fn sender(&self) -> SendRequest<B> {
-        self.0.sender.clone()
+        self.shared.sender.clone()
+    }
+
+    /// True when it has waited for long, and nobody has got a response meanwhile.
+    fn was_in_vain(&self) -> bool {
+        self.shared.served.get() == self.served_before && self.since.elapsed() >= SILENCE
     }
 }
 
 impl<B> Drop for Claim<B> {
     fn drop(&mut self) {
-        let left = self.0.in_use.get() - 1;
-        self.0.in_use.set(left);
-        if left == 0 {
-            self.0.idle_since.set(Instant::now());
+        let shared = &self.shared;
+        if self.was_in_vain() {
+            shared.is_silent.set(true);
         }
-        if let Some(room) = &self.0.room {
+        let left = shared.in_use.get() - 1;
+        shared.in_use.set(left);
+        if left == 0 {
+            shared.idle_since.set(Instant::now());
+        }
+        if let Some(room) = &shared.room {
             room.tell();
         }
     }
@@ -145,7 +185,7 @@ impl Opening {
                 Failure::Connect(error.kind(), error.raw_os_error(), error.to_string())
             }
             SendError::ConnectTimeout => Failure::Timeout,
-            SendError::Exchange(error) | SendError::Unsent(error) => {
+            SendError::Exchange(error) | SendError::Unsent(error) | SendError::Refused(error) => {
                 Failure::Connect(io::ErrorKind::Other, None, error.to_string())
             }
             SendError::Crowded | SendError::NoTunnel => return,

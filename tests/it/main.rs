@@ -8,6 +8,7 @@
 mod abuse;
 mod access_log;
 mod admin;
+mod attempts;
 mod bad_luck;
 mod balance;
 mod cli;

@@ -14,10 +14,10 @@ use crate::support::{Client, Proxy, Raw, Reply, Upstream, eventually, get, shop,
 const OVERRIDE: &str = "    gray: { override: { header: x-version } }\n";
 
 /// Everybody is on the canary.
-const ALL: (u32, u32) = (0, 1);
+pub(crate) const ALL: (u32, u32) = (0, 1);
 
 /// Reads a request head, and closes without an answer.
-async fn closing() -> SocketAddr {
+pub(crate) async fn closing() -> SocketAddr {
     let close = |mut stream: TcpStream| async move {
         read_head(&mut stream).await;
     };
@@ -25,7 +25,7 @@ async fn closing() -> SocketAddr {
 }
 
 /// Accepts and never answers.
-async fn hanging() -> SocketAddr {
+pub(crate) async fn hanging() -> SocketAddr {
     let hang = |mut stream: TcpStream| async move {
         let mut sink = Vec::new();
         let _ = stream.read_to_end(&mut sink).await;
@@ -38,12 +38,12 @@ async fn refusing() -> SocketAddr {
     listener.local_addr().unwrap()
 }
 
-async fn send(proxy: &Proxy, method: Method, path: &str) -> Reply {
+pub(crate) async fn send(proxy: &Proxy, method: Method, path: &str) -> Reply {
     let mut client = Client::connect(proxy.address()).await;
     client.send(method, path, &[], "").await.unwrap()
 }
 
-fn canary(proxy: &Proxy, name: &str, labels: &[(&str, &str)]) -> f64 {
+pub(crate) fn canary(proxy: &Proxy, name: &str, labels: &[(&str, &str)]) -> f64 {
     let labels = [&[("backend", "shop-canary")], labels].concat();
     proxy.metric(name, &labels)
 }

@@ -4,6 +4,10 @@ use bytes::Bytes;
 use http::header::HeaderMap;
 use hyper::body::Frame;
 
+/// What keeping a part costs beside its bytes: a client that sends them one by one must not take more
+/// memory than another.
+const PART_COST: usize = 64;
+
 /// What was sent of a body, for as long as it is little, so that it can be sent again.
 #[derive(Debug)]
 pub(super) struct Replay {
@@ -19,12 +23,12 @@ pub(super) struct Replay {
 // === impl Replay ===
 
 impl Replay {
-    /// Keeps so many bytes; `None` if none are to be kept.
+    /// Keeps so many bytes, in one part; `None` if none are to be kept.
     pub(super) fn new(kept: usize) -> Option<Box<Self>> {
         let empty = || Self {
             kept: Vec::new(),
             trailers: None,
-            room: kept,
+            room: kept + PART_COST,
             position: 0,
         };
         (kept > 0).then(|| Box::new(empty()))
@@ -33,11 +37,13 @@ impl Replay {
     /// Keeps a part that is sent for the first time; false when it is too large.
     pub(super) fn keep(&mut self, frame: &Frame<Bytes>) -> bool {
         match (frame.data_ref(), frame.trailers_ref()) {
-            (Some(data), _) if data.len() > self.room => return false,
-            (Some(data), _) => {
-                self.room -= data.len();
-                self.kept.push(data.clone());
-            }
+            (Some(data), _) => match self.room.checked_sub(data.len() + PART_COST) {
+                Some(left) => {
+                    self.room = left;
+                    self.kept.push(data.clone());
+                }
+                None => return false,
+            },
             (None, trailers) => self.trailers = trailers.cloned(),
         }
         self.position += 1;

@@ -13,8 +13,8 @@ use tokio::time::Duration;
 
 use crate::backend::Lease;
 use crate::proxy::exchange::Exchange;
+use crate::proxy::limits::Deadline;
 use crate::proxy::stays::Stay;
-use crate::proxy::timeouts::Timeout;
 use crate::proxy::translate::JsonLines;
 use crate::proxy::{grpc, headers};
 use crate::upstream::Loan;
@@ -38,7 +38,7 @@ pub struct UpstreamBody {
     incoming: Incoming,
     /// `None` once the body has ended.
     held: Option<Held>,
-    deadline: Option<Timeout>,
+    deadline: Option<Deadline>,
     /// Whether it may stay on its version, if it is a stream.
     stay: Option<Rc<Stay>>,
     /// We have ended it.
@@ -167,7 +167,7 @@ impl UpstreamBody {
     pub(in crate::proxy) fn new(
         incoming: Incoming,
         held: Held,
-        deadline: Option<Timeout>,
+        deadline: Option<Deadline>,
         stay: Option<Rc<Stay>>,
     ) -> Self {
         Self {
@@ -191,8 +191,9 @@ impl UpstreamBody {
         }
         let polled = Pin::new(&mut self.incoming).poll_frame(cx);
         if self.is_late(&polled, cx) {
-            // If there was something to send on, the client was the slow one.
-            let error = polled.is_pending().then_some("http_response_timeout");
+            let error = self
+                .is_late_by_fault(&polled)
+                .then_some("http_response_timeout");
             let words = "the exchange took longer than it may";
             return Poll::Ready(Some(
                 match self.cut(grpc::Status::DEADLINE_EXCEEDED, words, error) {
@@ -272,8 +273,17 @@ impl UpstreamBody {
 
     fn is_late<T>(&self, polled: &Poll<T>, cx: &Context<'_>) -> bool {
         self.deadline.as_ref().is_some_and(|deadline| {
-            deadline.has_passed() || polled.is_pending() && deadline.poll_passed(cx).is_ready()
+            let timeout = &deadline.timeout;
+            timeout.has_passed() || polled.is_pending() && timeout.poll_passed(cx).is_ready()
         })
+    }
+
+    /// True when the endpoint is to blame for a response that takes too long. Not if there was something
+    /// to send on: the client was the slow one. Nor if the caller has set the deadline: many a stream
+    /// only ends so.
+    fn is_late_by_fault<T>(&self, polled: &Poll<T>) -> bool {
+        let is_callers = |deadline: &Deadline| deadline.is_callers;
+        polled.is_pending() && !self.deadline.as_ref().is_some_and(is_callers)
     }
 
     /// The body is whole: the exchange is over, and the connection can serve another one. That of a
