@@ -35,7 +35,7 @@ use crate::proxy::via::Via;
 use crate::server::Phase;
 use crate::server::acceptor::Acceptor;
 use crate::server::slots::Slots;
-use crate::server::sockets::{ADMIN, Given, Listening, Sockets};
+use crate::server::sockets::{ADMIN, Given, Giver, Listening, Sockets};
 use crate::server::worker::WorkerHandle;
 use crate::snapshot::{Live, Revision};
 use crate::telemetry::access_log::Sinks;
@@ -103,27 +103,31 @@ pub enum Drained {
 // === impl App ===
 
 impl App {
-    /// Starts a proxy. It serves when this returns.
+    /// Starts a proxy. It serves when this returns, whatever endpoints have answered by then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`prepare`](Self::prepare).
+    pub fn start(loaded: Loaded, follow: Follow) -> Result<Self, Problems> {
+        let app = Self::prepare(loaded, follow, Vec::new())?;
+        app.open();
+        Ok(app)
+    }
+
+    /// Starts everything, with the sockets that listen already, and takes no connection of a client
+    /// before it is told to [`open`](Self::open).
     ///
     /// # Errors
     ///
     /// Addresses that cannot be listened on, and threads that the operating system does not give.
-    pub fn start(loaded: Loaded, follow: Follow) -> Result<Self, Problems> {
-        Self::start_on(loaded, follow, Vec::new())
-    }
-
-    /// As [`start`](Self::start), with sockets that listen already.
-    ///
-    /// # Errors
-    ///
-    /// As for [`start`](Self::start).
-    pub fn start_on(loaded: Loaded, follow: Follow, given: Vec<Given>) -> Result<Self, Problems> {
+    pub fn prepare(loaded: Loaded, follow: Follow, given: Vec<Given>) -> Result<Self, Problems> {
         let file = loaded.path.clone();
         let failed = |what: &str, error: io::Error| {
             Problems::whole_file(&file, format!("cannot start {what}: {error}"))
         };
         let count = worker_count(loaded.config.workers);
         let metrics = Arc::new(Metrics::new(&loaded.config.duration_buckets, count));
+        let answers_from = admin_answers_from(&given);
         let sockets = Arc::new(Sockets::new(given));
         let admin_socket = bind_admin(&loaded, &sockets)?;
         let admin = admin_socket
@@ -169,7 +173,7 @@ impl App {
             acceptor.open(socket);
         }
 
-        let phase = watch::Sender::new(Phase::Serving);
+        let phase = watch::Sender::new(Phase::Starting);
         let (stop, stopped) = oneshot::channel();
         let admin_job = Admin {
             live: Arc::clone(&live),
@@ -177,6 +181,7 @@ impl App {
             metrics: Arc::clone(&metrics),
             reload: reload.clone(),
             phase: phase.subscribe(),
+            answers_from,
         };
         let jobs = ControlJobs {
             control,
@@ -194,7 +199,6 @@ impl App {
         let control_thread = jobs
             .start()
             .map_err(|error| failed("the control thread", error))?;
-        info!(admin = %admin, workers = count, "serin is up");
         Ok(Self {
             admin,
             live,
@@ -230,6 +234,12 @@ impl App {
         while is_unchecked() && Instant::now() < ends {
             std::thread::sleep(CHECKS_TICK);
         }
+    }
+
+    /// Begins to serve.
+    pub fn open(&self) {
+        self.phase.send_replace(Phase::Serving);
+        info!(admin = %self.admin, workers = self.workers.len(), "serin is up");
     }
 
     /// Where the admin listener is bound.
@@ -353,6 +363,14 @@ impl App {
         } else {
             Drained::CutOff(cut_off)
         }
+    }
+}
+
+/// Probes and scrapes hear at once how a start goes on, unless they still reach a process that serves.
+fn admin_answers_from(given: &[Given]) -> Phase {
+    match given.iter().any(|one| one.giver == Giver::Predecessor) {
+        true => Phase::Serving,
+        false => Phase::Starting,
     }
 }
 

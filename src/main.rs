@@ -80,11 +80,12 @@ fn run_proxy(run: &cli::Run) -> ExitCode {
     let follow = Follow::Files {
         poll: POLL_INTERVAL,
     };
-    let app = match App::start_on(loaded, follow, given) {
+    let app = match App::prepare(loaded, follow, given) {
         Ok(app) => app,
         Err(problems) => return fail_with(&problems),
     };
     app.await_first_checks();
+    app.open();
     // Only now the predecessor lets go: whatever went wrong before has changed nothing for it.
     if let Some(predecessor) = succession.predecessor {
         predecessor.relieve();

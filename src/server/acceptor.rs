@@ -29,6 +29,7 @@ pub struct Acceptor {
 
 /// One listener's task.
 struct Accepting {
+    name: Arc<str>,
     socket: TcpListener,
     /// The same one, which can be given on for as long as it is held.
     shared: Arc<std::net::TcpListener>,
@@ -95,8 +96,8 @@ impl Accepting {
             active,
             phase,
         } = bound;
-        info!(listener = %name, address = %bound, "listening");
         Ok(Self {
+            name,
             socket: TcpListener::from_std(socket.try_clone()?)?,
             shared: socket,
             phase: phase.clone(),
@@ -111,6 +112,10 @@ impl Accepting {
     }
 
     async fn run(mut self) {
+        // Until then clients wait in the queue, or the process before takes them out of it. The sender's
+        // end is a drop, which says the same as `Draining`.
+        let _ = self.phase.wait_for(|phase| *phase >= Phase::Serving).await;
+        info!(listener = %self.name, address = %self.listener.bound, "listening");
         loop {
             let accepted = tokio::select! {
                 // The drain first: nobody who keeps connecting can put it off.

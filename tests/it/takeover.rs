@@ -377,19 +377,32 @@ async fn a_service_manager_is_told_when_it_serves_and_when_it_ends() {
     assert_eq!(hears(), "STOPPING=1\n");
 }
 
-/// Without it, the canary's users would get the baseline for as long as the first checks take.
+/// Else the canary's users would get the baseline for as long as the first checks take.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_successor_is_ready_once_endpoints_have_been_asked() {
-    let (stable, canary) = (
-        Upstream::start("stable").await,
-        Upstream::start("canary").await,
-    );
-    let check = "version: '2', healthCheck: { http: { path: /delay/300 }, interval: 10s },";
+async fn a_successor_takes_no_connection_before_endpoints_have_been_asked() {
+    let stable = Upstream::start("stable").await;
+    // The name is what load expects of every answer.
+    let canary = Upstream::start("one").await;
+    let check = "version: '2', healthCheck: { http: { path: /hold }, interval: 1h, timeout: 10m },";
     let config = shop(stable.address, canary.address, (0, 1), "");
     let site = Site::new(&config.replace("version: '2',", check));
-    let (mut first, web, _) = site.serving();
-    eventually("the canary is healthy", || canary.requests() > 0).await;
-    let _second = site.serving();
+    let asked = || eventually("the canary is asked", || canary.held() == 1);
+    let mut first = site.start();
+    asked().await;
+    canary.release();
+    let (web, admin) = first.addresses();
+    first.wait_for("a successor can take over");
+    let load = Load::start(web);
+    load.goes_on(20).await;
+
+    let mut second = site.start();
+    asked().await;
+    load.goes_on(100).await;
+    assert_eq!(get(admin, "/readyz", &[]).await.text(), "ready\n");
+    canary.release();
+    second.addresses();
     assert_eq!(first.code(), Some(0));
-    assert_eq!(get(web, "/", &[]).await.text(), "canary");
+    load.goes_on(100).await;
+    load.end().await;
+    assert_eq!(stable.requests(), 0);
 }
