@@ -406,3 +406,47 @@ async fn a_successor_takes_no_connection_before_endpoints_have_been_asked() {
     load.end().await;
     assert_eq!(stable.requests(), 0);
 }
+
+async fn ask(client: &mut Raw, path: &str) {
+    let request = format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n");
+    client.send(&request).await;
+}
+
+/// Clients that have asked for `path`, each on a connection of its own.
+async fn clients(web: SocketAddr, count: usize, path: &str) -> Vec<Raw> {
+    let mut clients = Vec::new();
+    for _ in 0..count {
+        let mut client = Raw::connect(web).await;
+        ask(&mut client, path).await;
+        clients.push(client);
+    }
+    clients
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waits_for_a_place_is_served_by_the_successor() {
+    let upstream = Upstream::start("one").await;
+    let config = |max: usize| {
+        let rest = single(upstream.address, "");
+        format!("connections: {{ max: {max} }}\nshutdown: {{ timeout: 10m, lameDuck: 0s }}\n{rest}")
+    };
+    let site = Site::new(&config(2));
+    let (mut old, web, admin) = site.serving();
+    let busy = clients(web, 2, "/hold").await;
+    eventually("both places are taken", || upstream.held() == 2).await;
+    let waiting = clients(web, 6, "/").await;
+    let reached = "serin_connections_limit_reached_total";
+    while metric(get(admin, "/metrics", &[]).await.text(), reached, &[]) == 0.0 {}
+
+    fs::write(&site.config, with_head(&config(100))).unwrap();
+    let _new = site.serving();
+    for mut client in waiting {
+        client.read_until("\r\n\r\none").await;
+    }
+    assert!(old.child.try_wait().unwrap().is_none());
+    upstream.release();
+    for mut client in busy {
+        client.read_until("\r\n\r\none").await;
+    }
+    assert_eq!(old.code(), Some(0));
+}
