@@ -158,7 +158,8 @@ impl Signals {
     }
 
     /// Lives until SIGTERM or SIGINT, or until a successor serves; reloads at SIGHUP, and opens the
-    /// access log anew at SIGUSR1. A second signal to end does so at once.
+    /// access log anew at SIGUSR1. A second signal to end does so at once; where a successor serves, the
+    /// first one changes nothing, as whoever stops its service need not know that it is ending already.
     fn run_until_told(self, app: App, post: Option<Post>) -> ExitCode {
         let Self {
             runtime,
@@ -174,14 +175,14 @@ impl Signals {
             let mut succeeded = pin!(succeeded(open, &app));
             loop {
                 tokio::select! {
-                    _ = terminate.recv() => break End::Told,
-                    _ = interrupt.recv() => break End::Told,
+                    _ = told(&mut terminate, &mut interrupt) => break End::Told,
                     successor = succeeded.as_mut() => break End::Succeeded(successor),
                     _ = hangup.recv() => app.request_reload(),
                     _ = reopen.recv() => sinks.reopen(),
                 }
             }
         });
+        let is_told = matches!(end, End::Told);
         let (sender, drained) = tokio::sync::oneshot::channel();
         std::thread::spawn(move || {
             let drained = match end {
@@ -193,6 +194,13 @@ impl Signals {
             };
             sender.send(drained)
         });
+        let told_again = async {
+            if !is_told {
+                told(&mut terminate, &mut interrupt).await;
+                info!("it is ending already; the next signal ends it at once");
+            }
+            told(&mut terminate, &mut interrupt).await
+        };
         let reopening = async {
             while reopen.recv().await.is_some() {
                 sinks.reopen();
@@ -206,12 +214,19 @@ impl Signals {
                     Ok(Drained::CutOff(_)) => {}
                     Err(_) => return fail(FAULT, "error: the drain panicked"),
                 },
-                _ = terminate.recv() => std::process::exit(143),
-                _ = interrupt.recv() => std::process::exit(130),
+                code = told_again => std::process::exit(code),
                 () = reopening => {}
             }
             ExitCode::SUCCESS
         })
+    }
+}
+
+/// Waits for a signal to end, and returns what a process exits with that such a signal kills.
+async fn told(terminate: &mut Signal, interrupt: &mut Signal) -> i32 {
+    tokio::select! {
+        _ = terminate.recv() => 143,
+        _ = interrupt.recv() => 130,
     }
 }
 

@@ -450,3 +450,32 @@ async fn who_waits_for_a_place_is_served_by_the_successor() {
     }
     assert_eq!(old.code(), Some(0));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_was_succeeded_and_is_told_to_end_finishes_its_requests() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let (mut old, web, _) = site.serving();
+    let mut busy = Raw::connect(web).await;
+    ask(&mut busy, "/hold").await;
+    eventually("the request waits", || upstream.held() == 1).await;
+    let (mut new, _, _) = site.serving();
+    old.wait_for("another process serves now");
+    old.signal("-TERM");
+    old.wait_for("it is ending already");
+    upstream.release();
+    assert!(busy.read_to_end().await.ends_with("one"));
+    assert_eq!(old.code(), Some(0));
+
+    // Told so again, it ends at once.
+    let mut busy = Raw::connect(web).await;
+    ask(&mut busy, "/hold").await;
+    eventually("the request waits", || upstream.held() == 1).await;
+    let _newest = site.serving();
+    new.wait_for("another process serves now");
+    new.signal("-INT");
+    new.wait_for("it is ending already");
+    new.signal("-TERM");
+    assert_eq!(new.code(), Some(143));
+    assert_eq!(busy.read_to_end().await, "");
+}
