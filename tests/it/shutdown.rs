@@ -12,6 +12,7 @@ use serin::app::Drained;
 
 use crate::cli::Running;
 use crate::support::load::Load;
+use crate::support::tls::Authority;
 use crate::support::{
     Client, PATIENCE, Proxy, Raw, Upstream, eventually, get, metric, single, with_head,
 };
@@ -105,6 +106,39 @@ async fn no_request_on_a_busy_connection_is_lost_when_its_listener_goes_or_the_p
             assert_eq!(drain.await.unwrap(), Drained::Clean);
             return;
         }
+    }
+}
+
+/// They have not spoken yet, each before another step: TLS, a header of the PROXY protocol, and HTTP.
+#[tokio::test]
+async fn connections_without_a_byte_do_not_hold_up_a_drain() {
+    let upstream = Upstream::start("one").await;
+    let patient = "timeouts: { firstByte: 10m, tlsHandshake: 10m }";
+    let tls = "tls: { certificates: [ { certificateFile: one.crt, keyFile: one.key } ] }";
+    let listeners = format!(
+        "listeners:
+  - {{ name: web, address: '127.0.0.1:0', {patient} }}
+  - {{ name: tls, address: '127.0.0.1:0', {patient}, {tls} }}
+  - {{ name: header, address: '127.0.0.1:0', {patient}, proxyProtocol: true, trustedProxies: ['127.0.0.0/8'] }}
+"
+    );
+    let config = format!(
+        "{listeners}shutdown: {{ timeout: 60s, lameDuck: 0s }}\n{}",
+        single(upstream.address, "")
+    );
+    let proxy = Proxy::start_with(&config, |directory| {
+        let identity = Authority::new("tests").issue(&["a"]);
+        identity.write(directory, "one");
+    });
+    let mut silent = Vec::new();
+    for name in ["web", "tls", "header"] {
+        silent.push(Raw::connect(proxy.app().listener(name).unwrap()).await);
+    }
+    let served = || proxy.app().connections().iter().sum::<usize>();
+    eventually("they are served", || served() == silent.len()).await;
+    assert_eq!(proxy.shut_down().await, Drained::Clean);
+    for mut client in silent {
+        assert_eq!(client.read_to_end().await, "");
     }
 }
 
