@@ -479,3 +479,30 @@ async fn one_that_was_succeeded_and_is_told_to_end_finishes_its_requests() {
     assert_eq!(new.code(), Some(143));
     assert_eq!(busy.read_to_end().await, "");
 }
+
+/// A site whose process is not ready before `upstream` lets go of its first health check.
+fn waiting_for(upstream: &Upstream) -> Site {
+    let check = "name: only, healthCheck: { http: { path: /hold }, interval: 1h, timeout: 10m },";
+    Site::new(&single(upstream.address, "").replacen("name: only,", check, 1))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_killed_process_left_beside_the_path_goes_with_the_next() {
+    let upstream = Upstream::start("one").await;
+    let site = waiting_for(&upstream);
+    let left = || fs::read_dir(site.directory.path()).unwrap().count();
+    let mut killed = site.start();
+    eventually("the upstream is asked", || upstream.held() == 1).await;
+    fails(&site, "another process is starting");
+    killed.signal("-KILL");
+    killed.code();
+    assert_eq!(left(), 2);
+    let mut running = site.start();
+    eventually("the upstream is asked again", || upstream.held() == 2).await;
+    assert_eq!(left(), 2);
+    upstream.release();
+    running.wait_for("a successor can take over");
+    running.signal("-TERM");
+    assert_eq!(running.code(), Some(0));
+    assert_eq!(left(), 1, "only the configuration is left");
+}
