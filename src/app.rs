@@ -161,7 +161,10 @@ impl App {
             Arc::clone(&metrics),
         )?;
         let discovery = Discovery::new(control.wanted(), changes.clone());
-        sockets.settle();
+        sockets.settle().map_err(|unrelated| {
+            let hint = "use another path for --takeover, or end that process first";
+            Problems::whole_file(&file, format!("{unrelated}; {hint}"))
+        })?;
         let (live, board, sinks) = (control.live(), control.board(), control.sinks());
         let (workers, worker_threads) =
             start_workers(count, &live, &metrics).map_err(|error| failed("the workers", error))?;

@@ -506,3 +506,18 @@ async fn what_a_killed_process_left_beside_the_path_goes_with_the_next() {
     assert_eq!(running.code(), Some(0));
     assert_eq!(left(), 1, "only the configuration is left");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_service_at_the_same_path_takes_nothing_over() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let (mut serving, web, _) = site.serving();
+    let other = "listeners: [ { name: other, address: '127.0.0.1:0' } ]\n";
+    let other = Site {
+        socket: site.socket.clone(),
+        ..Site::new(&(other.to_owned() + &single(upstream.address, "")))
+    };
+    fails(&other, "none of the listeners");
+    serving.wait_for("did not take over; this process goes on");
+    assert_eq!(get(web, "/", &[]).await.text(), "one");
+}
