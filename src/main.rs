@@ -20,7 +20,7 @@ use serin::explain::{Question, explain};
 use serin::server::sockets::Given;
 use serin::snapshot::Snapshot;
 use serin::systemd;
-use serin::takeover::{self, Post, Predecessor, Successor, TakeoverError};
+use serin::takeover::{self, Post, Predecessor, Successor};
 use serin::telemetry::process_log::ProcessLog;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
@@ -59,59 +59,57 @@ fn main() -> ExitCode {
 
 fn run_proxy(run: &cli::Run) -> ExitCode {
     // Before anything else, since a SIGHUP that nobody handles ends the process.
-    let signals = match Signals::new() {
+    let mut signals = match Signals::new() {
         Ok(signals) => signals,
         Err(error) => return fail(USAGE, &format!("error: signals cannot be handled: {error}")),
     };
-    let mut given = systemd::sockets();
+    let given = systemd::sockets();
     descriptors::raise();
-    let loaded = match load_or_fail(&run.config) {
-        Ok(loaded) => loaded,
-        Err(code) => return code,
-    };
-    for warning in &loaded.warnings.problems {
-        warn!("{}:{warning}", loaded.path.display());
-    }
-    let succession = match run.takeover.as_deref().map(Succession::begin).transpose() {
-        Ok(succession) => succession.unwrap_or_default(),
+    let post = match run.takeover.as_deref().map(Post::prepare).transpose() {
+        Ok(post) => post,
         Err(error) => return fail(USAGE, &format!("error: {error}")),
     };
-    given.extend(succession.given);
-    let follow = Follow::Files {
-        poll: POLL_INTERVAL,
+    let run = run.clone();
+    let Some(started) = signals.unless_told(move || start(&run, given)) else {
+        info!("told to end before it served");
+        return ExitCode::SUCCESS;
     };
-    let app = match App::prepare(loaded, follow, given) {
-        Ok(app) => app,
-        Err(problems) => return fail_with(&problems),
+    let Started { app, predecessor } = match started {
+        Ok(started) => started,
+        Err(code) => return code,
     };
-    app.await_first_checks();
     app.open();
     // Only now the predecessor lets go: whatever went wrong before has changed nothing for it.
-    if let Some(predecessor) = succession.predecessor {
+    if let Some(predecessor) = predecessor {
         predecessor.relieve();
     }
     systemd::notify(systemd::State::Ready);
-    signals.run_until_told(app, succession.post)
+    signals.run_until_told(app, post)
 }
 
-/// What comes before and after this process.
-#[derive(Default)]
-struct Succession {
+/// A proxy that is ready to serve.
+struct Started {
+    app: App,
+    /// Who serves in its place.
     predecessor: Option<Predecessor>,
-    given: Vec<Given>,
-    post: Option<Post>,
 }
 
-impl Succession {
-    fn begin(path: &Path) -> Result<Self, TakeoverError> {
-        let found = Predecessor::find(path)?;
-        let (predecessor, given) = found.unzip();
-        Ok(Self {
-            predecessor,
-            given: given.unwrap_or_default(),
-            post: Some(Post::prepare(path)?),
-        })
+/// Does everything that may take long before there is anything to serve.
+fn start(run: &cli::Run, mut given: Vec<Given>) -> Result<Started, ExitCode> {
+    let loaded = load_or_fail(&run.config)?;
+    for warning in &loaded.warnings.problems {
+        warn!("{}:{warning}", loaded.path.display());
     }
+    let found = run.takeover.as_deref().map(Predecessor::find).transpose();
+    let found = found.map_err(|error| fail(USAGE, &format!("error: {error}")))?;
+    let (predecessor, inherited) = found.flatten().unzip();
+    given.extend(inherited.unwrap_or_default());
+    let follow = Follow::Files {
+        poll: POLL_INTERVAL,
+    };
+    let app = App::prepare(loaded, follow, given).map_err(|problems| fail_with(&problems))?;
+    app.await_first_checks();
+    Ok(Started { app, predecessor })
 }
 
 /// Why a running proxy ends.
@@ -154,6 +152,26 @@ impl Signals {
             hangup,
             reopen,
             _file_size,
+        })
+    }
+
+    /// Starts on a thread of its own; `None` when told to end meanwhile: there is nobody to take leave of,
+    /// and the thread ends with the process.
+    fn unless_told(
+        &mut self,
+        start: impl FnOnce() -> Result<Started, ExitCode> + Send + 'static,
+    ) -> Option<Result<Started, ExitCode>> {
+        let (sender, started) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || sender.send(start()));
+        let told = told(&mut self.terminate, &mut self.interrupt);
+        self.runtime.block_on(async {
+            tokio::select! {
+                started = started => {
+                    let panicked = |_| Err(fail(FAULT, "error: the start panicked"));
+                    Some(started.unwrap_or_else(panicked))
+                }
+                _ = told => None,
+            }
         })
     }
 

@@ -12,6 +12,7 @@ use std::process::Stdio;
 use tempfile::TempDir;
 
 use crate::cli::{Running, serin_after};
+use crate::support::dns::{DnsServer, Manner};
 use crate::support::load::Load;
 use crate::support::{
     Client, Raw, Reply, Upstream, eventually, get, metric, shop, single, with_head,
@@ -520,4 +521,41 @@ async fn another_service_at_the_same_path_takes_nothing_over() {
     fails(&other, "none of the listeners");
     serving.wait_for("did not take over; this process goes on");
     assert_eq!(get(web, "/", &[]).await.text(), "one");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_is_told_to_end_before_it_serves_does_so_at_once() {
+    let upstream = Upstream::start("one").await;
+    for signal in ["-TERM", "-INT"] {
+        let site = waiting_for(&upstream);
+        let before = upstream.held();
+        let mut running = site.start();
+        eventually("the upstream is asked", || upstream.held() > before).await;
+        running.signal(signal);
+        running.wait_for("told to end before it served");
+        assert_eq!(running.code(), Some(0));
+        let left = fs::read_dir(site.directory.path()).unwrap().count();
+        assert_eq!(left, 1, "only the configuration is left");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_is_told_to_end_while_it_asks_for_names_does_so_at_once() {
+    let dns = DnsServer::start();
+    dns.behave(Manner::Silent);
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("serin.yaml");
+    let text = format!(
+        "dns: {{ resolvers: ['{}'], timeout: 30s }}
+backends: [ {{ name: only, version: '1', endpoints: ['shop.test:80'] }} ]
+routes: [ {{ name: all, backendRefs: [ {{ name: only }} ] }} ]
+",
+        dns.address
+    );
+    fs::write(&config, with_head(&text)).unwrap();
+    let mut running = Running::start(&config);
+    eventually("it is asked", || dns.queries() > 0).await;
+    running.signal("-TERM");
+    running.wait_for("told to end before it served");
+    assert_eq!(running.code(), Some(0));
 }
