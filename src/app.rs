@@ -48,16 +48,17 @@ const DRAIN_TICK: Duration = Duration::from_millis(10);
 /// How often a start looks whether endpoints have been asked.
 const CHECKS_TICK: Duration = Duration::from_millis(5);
 
-/// How long threads may take to end that have nothing left to do, and how often they are looked at.
-const THREADS_LIMIT: Duration = Duration::from_secs(2);
+/// How long the end of the process may take when the drain is over: whoever stops it kills it soon after
+/// `shutdown.timeout`, and with it what is left of the access log.
+pub const ENDING_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long of that threads may take that have nothing left to do, and how often they are looked at.
+const THREADS_LIMIT: Duration = Duration::from_secs(1);
 const THREADS_TICK: Duration = Duration::from_millis(1);
 
 /// How long a successor waits at most for sockets to be let go of: where there are as many
 /// connections as there may be, that can take longer.
 const RELEASE_LIMIT: Duration = Duration::from_secs(1);
-
-/// How long the end of the access log may take to be written.
-const LOG_FLUSH_LIMIT: Duration = Duration::from_secs(2);
 
 /// Whether the files of the configuration are watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -353,14 +354,16 @@ impl App {
             cut_off_all(cut_off, &self.metrics);
         }
         drop(self.workers);
-        let limit = Instant::now() + THREADS_LIMIT;
+        let over = Instant::now();
+        let limit = over + THREADS_LIMIT;
         finish(self.acceptor_thread, "the acceptor", limit);
         for thread in self.worker_threads {
             finish(thread, "a worker", limit);
         }
         drop(self.stop);
         finish(self.control_thread, "the control thread", limit);
-        self.sinks.flush(LOG_FLUSH_LIMIT);
+        self.sinks
+            .flush(ENDING_LIMIT.saturating_sub(over.elapsed()));
         if cut_off == 0 {
             Drained::Clean
         } else {

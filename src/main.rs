@@ -4,7 +4,6 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::pin::pin;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use clap::Parser;
 use serin::app::{App, Drained, Follow};
@@ -21,7 +20,7 @@ use serin::server::sockets::Given;
 use serin::snapshot::Snapshot;
 use serin::systemd;
 use serin::takeover::{self, Post, Predecessor, Successor};
-use serin::telemetry::process_log::ProcessLog;
+use serin::telemetry::process_log::{FLUSH_LIMIT, ProcessLog};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
@@ -37,9 +36,6 @@ const USAGE: u8 = 2;
 /// A fault of Serin's own, as a panic exits.
 const FAULT: u8 = 101;
 
-/// How long the end of the log may take to be written.
-const LOG_LIMIT: Duration = Duration::from_secs(1);
-
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let log = match start_logging(&cli) {
@@ -53,7 +49,7 @@ fn main() -> ExitCode {
         Command::Schema => print(&json_schema()),
         Command::Demo(options) => run_demo(&options),
     };
-    log.flush(LOG_LIMIT);
+    log.flush(FLUSH_LIMIT);
     code
 }
 

@@ -1,6 +1,7 @@
 //! The end of a process: no new connections, and requests in flight finish, within a limit.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -8,7 +9,9 @@ use http::{Request, StatusCode};
 use http_body_util::Empty;
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use serin::app::Drained;
+use serin::app::{Drained, ENDING_LIMIT};
+use serin::config::load::{load, load_list};
+use serin::telemetry::process_log::FLUSH_LIMIT;
 
 use crate::cli::Running;
 use crate::support::load::Load;
@@ -307,6 +310,31 @@ async fn a_rolling_update_under_load_fails_no_request() {
         (old, admin) = (new, next_admin);
     }
     assert!(load.end().await > 500);
+}
+
+/// Killed before, it would lose the end of its access log.
+#[test]
+fn whoever_stops_it_leaves_it_the_time_that_it_may_take() {
+    let text = |file: &str| std::fs::read_to_string(file).unwrap();
+    let seconds = |file: &str, key: &str| {
+        let text = text(file);
+        let (_, after) = text.split_once(key).unwrap();
+        let seconds = after.split_whitespace().next().unwrap();
+        Duration::from_secs(seconds.parse().unwrap())
+    };
+    let timeout = |file: &str| {
+        let loaded = load(Path::new(file), &mut load_list).unwrap();
+        loaded.config.shutdown.timeout
+    };
+    let ending = ENDING_LIMIT + FLUSH_LIMIT;
+    let pod = timeout("deploy/kubernetes/config/serin.yaml") + ending;
+    let manifest = "deploy/kubernetes/deployment.yaml";
+    assert!(pod < seconds(manifest, "terminationGracePeriodSeconds: "));
+    let service = timeout("config/examples/canary-by-weight.yaml") + ending;
+    for unit in ["serin.service", "serin@.service"] {
+        let unit = format!("deploy/systemd/{unit}");
+        assert!(service < seconds(&unit, "TimeoutStopSec="));
+    }
 }
 
 /// A client of HTTP/2 that sees whether it is sent away.
