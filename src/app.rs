@@ -22,7 +22,7 @@ use crate::backend::Impediment;
 use crate::config::document::Path;
 use crate::config::load::Loaded;
 use crate::config::watch::{ReloadRequest, Reloader};
-use crate::config::{Config, Problems, Shutdown, Workers};
+use crate::config::{Config, Problem, Problems, Shutdown, Workers};
 use crate::control::endpoints::names_of;
 use crate::control::{Change, Control, StatusBoard, Watching, problem_at};
 use crate::descriptors;
@@ -521,6 +521,10 @@ fn bind_admin(loaded: &Loaded, sockets: &Sockets) -> Result<Arc<TcpListener>, Pr
         let at = Path::default().key("admin").key("address");
         let message = format!("cannot listen on `{address}` for the admin API: {error}");
         let source = &loaded.warnings.source;
-        Problems::new(&loaded.path, source, vec![problem_at(source, &at, message)])
+        let problem = Problem {
+            hint: sockets.hint(address.port()),
+            ..problem_at(source, &at, message)
+        };
+        Problems::new(&loaded.path, source, vec![problem])
     })
 }

@@ -575,7 +575,8 @@ fn bind_new(
                     .map(|open| {
                         let name = &open.name;
                         format!("listener `{name}` holds this port: take another one, or restart")
-                    });
+                    })
+                    .or_else(|| sockets.hint(port));
                 problems.push(Problem {
                     hint,
                     ..problem_at(&loaded.warnings.source, &at, message)

@@ -134,6 +134,22 @@ impl Sockets {
         Ok(())
     }
 
+    /// What to do about an address that cannot be listened on, when the port is that of a socket which a
+    /// predecessor gave, and which fits nothing here.
+    pub fn hint(&self, port: u16) -> Option<String> {
+        let state = self.lock();
+        let mut given = state.given.iter();
+        let holder = given.find(|one| {
+            let bound = one.socket.local_addr();
+            one.giver == Giver::Predecessor && bound.is_ok_and(|bound| bound.port() == port)
+        })?;
+        let name = holder.name.as_deref().unwrap_or_default();
+        Some(format!(
+            "listener `{name}` of the process that serves holds this port: take another one, or end that \
+             process first"
+        ))
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

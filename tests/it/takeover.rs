@@ -14,6 +14,7 @@ use tempfile::TempDir;
 use crate::cli::{Running, serin_after};
 use crate::support::dns::{DnsServer, Manner};
 use crate::support::load::Load;
+use crate::support::port::HeldPort;
 use crate::support::{
     Client, Raw, Reply, Upstream, eventually, get, metric, shop, single, with_head,
 };
@@ -558,4 +559,27 @@ routes: [ {{ name: all, backendRefs: [ {{ name: only }} ] }} ]
     running.signal("-TERM");
     running.wait_for("told to end before it served");
     assert_eq!(running.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_the_predecessor_holds_otherwise_is_named_with_its_listener() {
+    let upstream = Upstream::start("one").await;
+    let held = HeldPort::new().unwrap();
+    let config = |address: SocketAddr| {
+        let rest = single(upstream.address, "");
+        format!(
+            "listeners: [ {{ name: web, address: '127.0.0.1:0' }}, {{ name: more, address: '{address}' }} ]\n{rest}"
+        )
+    };
+    let site = Site::new(&config(held.address()));
+    let mut serving = site.start();
+    serving.wait_for("a successor can take over");
+    let everywhere = SocketAddr::new([0, 0, 0, 0].into(), held.address().port());
+    fs::write(&site.config, with_head(&config(everywhere))).unwrap();
+    fails(
+        &site,
+        "listener `more` of the process that serves holds this port",
+    );
+    serving.wait_for("did not take over; this process goes on");
+    assert_eq!(get(held.address(), "/", &[]).await.text(), "one");
 }
