@@ -47,8 +47,10 @@ pub struct Admin {
     pub metrics: Arc<Metrics>,
     /// The way to ask for a reload.
     pub reload: mpsc::Sender<ReloadRequest>,
-    /// Whether the proxy is being shut down.
+    /// Whether the proxy is starting, or being shut down.
     pub phase: watch::Receiver<Phase>,
+    /// When it begins to answer.
+    pub answers_from: Phase,
 }
 
 type Reply = Response<Full<Bytes>>;
@@ -95,6 +97,8 @@ impl Admin {
             Err(error) => return error!(%error, "the admin listener cannot be served"),
         };
         let mut phase = self.phase.clone();
+        // The sender's end is the end of the process.
+        let _ = phase.wait_for(|phase| *phase >= self.answers_from).await;
         let admin = Rc::new(self);
         loop {
             let accepted = tokio::select! {
@@ -142,10 +146,11 @@ impl Admin {
         }
     }
 
-    /// A process that drains must get no new connections; upstream health is no part of this, or
-    /// one bad release would take every replica out of service.
+    /// A process that drains must get no new connections, nor one that has not asked its endpoints yet;
+    /// what they answered is no part of this, or one bad release would take every replica out of service.
     fn readiness(&self) -> Reply {
         match *self.phase.borrow() {
+            Phase::Starting => text(StatusCode::SERVICE_UNAVAILABLE, "starting\n".to_owned()),
             Phase::Serving => text(StatusCode::OK, "ready\n".to_owned()),
             Phase::Leaving | Phase::Draining | Phase::Succeeded => {
                 text(StatusCode::SERVICE_UNAVAILABLE, "draining\n".to_owned())

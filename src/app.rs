@@ -22,7 +22,7 @@ use crate::backend::Impediment;
 use crate::config::document::Path;
 use crate::config::load::Loaded;
 use crate::config::watch::{ReloadRequest, Reloader};
-use crate::config::{Config, Problems, Shutdown, Workers};
+use crate::config::{Config, Problem, Problems, Shutdown, Workers};
 use crate::control::endpoints::names_of;
 use crate::control::{Change, Control, StatusBoard, Watching, problem_at};
 use crate::descriptors;
@@ -35,7 +35,7 @@ use crate::proxy::via::Via;
 use crate::server::Phase;
 use crate::server::acceptor::Acceptor;
 use crate::server::slots::Slots;
-use crate::server::sockets::{ADMIN, Given, Listening, Sockets};
+use crate::server::sockets::{ADMIN, Given, Giver, Listening, Sockets};
 use crate::server::worker::WorkerHandle;
 use crate::snapshot::{Live, Revision};
 use crate::telemetry::access_log::Sinks;
@@ -48,16 +48,17 @@ const DRAIN_TICK: Duration = Duration::from_millis(10);
 /// How often a start looks whether endpoints have been asked.
 const CHECKS_TICK: Duration = Duration::from_millis(5);
 
-/// How long threads may take to end that have nothing left to do, and how often they are looked at.
-const THREADS_LIMIT: Duration = Duration::from_secs(2);
+/// How long the end of the process may take when the drain is over: whoever stops it kills it soon after
+/// `shutdown.timeout`, and with it what is left of the access log.
+pub const ENDING_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long of that threads may take that have nothing left to do, and how often they are looked at.
+const THREADS_LIMIT: Duration = Duration::from_secs(1);
 const THREADS_TICK: Duration = Duration::from_millis(1);
 
 /// How long a successor waits at most for sockets to be let go of: where there are as many
 /// connections as there may be, that can take longer.
 const RELEASE_LIMIT: Duration = Duration::from_secs(1);
-
-/// How long the end of the access log may take to be written.
-const LOG_FLUSH_LIMIT: Duration = Duration::from_secs(2);
 
 /// Whether the files of the configuration are watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,27 +104,31 @@ pub enum Drained {
 // === impl App ===
 
 impl App {
-    /// Starts a proxy. It serves when this returns.
+    /// Starts a proxy. It serves when this returns, whatever endpoints have answered by then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`prepare`](Self::prepare).
+    pub fn start(loaded: Loaded, follow: Follow) -> Result<Self, Problems> {
+        let app = Self::prepare(loaded, follow, Vec::new())?;
+        app.open();
+        Ok(app)
+    }
+
+    /// Starts everything, with the sockets that listen already, and takes no connection of a client
+    /// before it is told to [`open`](Self::open).
     ///
     /// # Errors
     ///
     /// Addresses that cannot be listened on, and threads that the operating system does not give.
-    pub fn start(loaded: Loaded, follow: Follow) -> Result<Self, Problems> {
-        Self::start_on(loaded, follow, Vec::new())
-    }
-
-    /// As [`start`](Self::start), with sockets that listen already.
-    ///
-    /// # Errors
-    ///
-    /// As for [`start`](Self::start).
-    pub fn start_on(loaded: Loaded, follow: Follow, given: Vec<Given>) -> Result<Self, Problems> {
+    pub fn prepare(loaded: Loaded, follow: Follow, given: Vec<Given>) -> Result<Self, Problems> {
         let file = loaded.path.clone();
         let failed = |what: &str, error: io::Error| {
             Problems::whole_file(&file, format!("cannot start {what}: {error}"))
         };
         let count = worker_count(loaded.config.workers);
         let metrics = Arc::new(Metrics::new(&loaded.config.duration_buckets, count));
+        let answers_from = admin_answers_from(&given);
         let sockets = Arc::new(Sockets::new(given));
         let admin_socket = bind_admin(&loaded, &sockets)?;
         let admin = admin_socket
@@ -157,7 +162,10 @@ impl App {
             Arc::clone(&metrics),
         )?;
         let discovery = Discovery::new(control.wanted(), changes.clone());
-        sockets.settle();
+        sockets.settle().map_err(|unrelated| {
+            let hint = "use another path for --takeover, or end that process first";
+            Problems::whole_file(&file, format!("{unrelated}; {hint}"))
+        })?;
         let (live, board, sinks) = (control.live(), control.board(), control.sinks());
         let (workers, worker_threads) =
             start_workers(count, &live, &metrics).map_err(|error| failed("the workers", error))?;
@@ -169,7 +177,7 @@ impl App {
             acceptor.open(socket);
         }
 
-        let phase = watch::Sender::new(Phase::Serving);
+        let phase = watch::Sender::new(Phase::Starting);
         let (stop, stopped) = oneshot::channel();
         let admin_job = Admin {
             live: Arc::clone(&live),
@@ -177,6 +185,7 @@ impl App {
             metrics: Arc::clone(&metrics),
             reload: reload.clone(),
             phase: phase.subscribe(),
+            answers_from,
         };
         let jobs = ControlJobs {
             control,
@@ -194,7 +203,6 @@ impl App {
         let control_thread = jobs
             .start()
             .map_err(|error| failed("the control thread", error))?;
-        info!(admin = %admin, workers = count, "serin is up");
         Ok(Self {
             admin,
             live,
@@ -230,6 +238,12 @@ impl App {
         while is_unchecked() && Instant::now() < ends {
             std::thread::sleep(CHECKS_TICK);
         }
+    }
+
+    /// Begins to serve.
+    pub fn open(&self) {
+        self.phase.send_replace(Phase::Serving);
+        info!(admin = %self.admin, workers = self.workers.len(), "serin is up");
     }
 
     /// Where the admin listener is bound.
@@ -340,19 +354,29 @@ impl App {
             cut_off_all(cut_off, &self.metrics);
         }
         drop(self.workers);
-        let limit = Instant::now() + THREADS_LIMIT;
+        let over = Instant::now();
+        let limit = over + THREADS_LIMIT;
         finish(self.acceptor_thread, "the acceptor", limit);
         for thread in self.worker_threads {
             finish(thread, "a worker", limit);
         }
         drop(self.stop);
         finish(self.control_thread, "the control thread", limit);
-        self.sinks.flush(LOG_FLUSH_LIMIT);
+        self.sinks
+            .flush(ENDING_LIMIT.saturating_sub(over.elapsed()));
         if cut_off == 0 {
             Drained::Clean
         } else {
             Drained::CutOff(cut_off)
         }
+    }
+}
+
+/// Probes and scrapes hear at once how a start goes on, unless they still reach a process that serves.
+fn admin_answers_from(given: &[Given]) -> Phase {
+    match given.iter().any(|one| one.giver == Giver::Predecessor) {
+        true => Phase::Serving,
+        false => Phase::Starting,
     }
 }
 
@@ -497,6 +521,10 @@ fn bind_admin(loaded: &Loaded, sockets: &Sockets) -> Result<Arc<TcpListener>, Pr
         let at = Path::default().key("admin").key("address");
         let message = format!("cannot listen on `{address}` for the admin API: {error}");
         let source = &loaded.warnings.source;
-        Problems::new(&loaded.path, source, vec![problem_at(source, &at, message)])
+        let problem = Problem {
+            hint: sockets.hint(address.port()),
+            ..problem_at(source, &at, message)
+        };
+        Problems::new(&loaded.path, source, vec![problem])
     })
 }

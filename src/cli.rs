@@ -42,7 +42,7 @@ pub enum Command {
 }
 
 /// Run the proxy.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Run {
     /// The configuration file.
     #[arg(long, short, env = "SERIN_CONFIG", value_name = "FILE")]

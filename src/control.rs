@@ -165,7 +165,7 @@ impl Control {
         sockets: Arc<Sockets>,
         metrics: Arc<Metrics>,
     ) -> Result<(Self, Vec<BoundSocket>), Problems> {
-        let phase = Phase::Serving;
+        let phase = Phase::Starting;
         let (listeners, bound) = bind_new(&loaded, &[], phase, &sockets, &metrics)?;
         let sinks = Sinks::new(&metrics);
         let access_log = open_log(&loaded, None, &sinks)?;
@@ -317,10 +317,10 @@ impl Control {
                 moved = phase.changed() => {
                     moved.ok()?;
                     self.phase = *phase.borrow_and_update();
+                    self.listeners.iter().for_each(|open| open.enter(self.phase));
                     if self.phase >= Phase::Draining {
                         return None;
                     }
-                    self.listeners.iter().for_each(OpenListener::leave);
                 }
                 change = changes.recv() => return change,
             }
@@ -575,7 +575,8 @@ fn bind_new(
                     .map(|open| {
                         let name = &open.name;
                         format!("listener `{name}` holds this port: take another one, or restart")
-                    });
+                    })
+                    .or_else(|| sockets.hint(port));
                 problems.push(Problem {
                     hint,
                     ..problem_at(&loaded.warnings.source, &at, message)

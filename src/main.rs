@@ -4,7 +4,6 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::pin::pin;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use clap::Parser;
 use serin::app::{App, Drained, Follow};
@@ -20,8 +19,8 @@ use serin::explain::{Question, explain};
 use serin::server::sockets::Given;
 use serin::snapshot::Snapshot;
 use serin::systemd;
-use serin::takeover::{self, Post, Predecessor, Successor, TakeoverError};
-use serin::telemetry::process_log::ProcessLog;
+use serin::takeover::{self, Post, Predecessor, Successor};
+use serin::telemetry::process_log::{FLUSH_LIMIT, ProcessLog};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
@@ -37,9 +36,6 @@ const USAGE: u8 = 2;
 /// A fault of Serin's own, as a panic exits.
 const FAULT: u8 = 101;
 
-/// How long the end of the log may take to be written.
-const LOG_LIMIT: Duration = Duration::from_secs(1);
-
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let log = match start_logging(&cli) {
@@ -53,64 +49,63 @@ fn main() -> ExitCode {
         Command::Schema => print(&json_schema()),
         Command::Demo(options) => run_demo(&options),
     };
-    log.flush(LOG_LIMIT);
+    log.flush(FLUSH_LIMIT);
     code
 }
 
 fn run_proxy(run: &cli::Run) -> ExitCode {
     // Before anything else, since a SIGHUP that nobody handles ends the process.
-    let signals = match Signals::new() {
+    let mut signals = match Signals::new() {
         Ok(signals) => signals,
         Err(error) => return fail(USAGE, &format!("error: signals cannot be handled: {error}")),
     };
-    let mut given = systemd::sockets();
+    let given = systemd::sockets();
     descriptors::raise();
-    let loaded = match load_or_fail(&run.config) {
-        Ok(loaded) => loaded,
-        Err(code) => return code,
-    };
-    for warning in &loaded.warnings.problems {
-        warn!("{}:{warning}", loaded.path.display());
-    }
-    let succession = match run.takeover.as_deref().map(Succession::begin).transpose() {
-        Ok(succession) => succession.unwrap_or_default(),
+    let post = match run.takeover.as_deref().map(Post::prepare).transpose() {
+        Ok(post) => post,
         Err(error) => return fail(USAGE, &format!("error: {error}")),
     };
-    given.extend(succession.given);
-    let follow = Follow::Files {
-        poll: POLL_INTERVAL,
+    let run = run.clone();
+    let Some(started) = signals.unless_told(move || start(&run, given)) else {
+        info!("told to end before it served");
+        return ExitCode::SUCCESS;
     };
-    let app = match App::start_on(loaded, follow, given) {
-        Ok(app) => app,
-        Err(problems) => return fail_with(&problems),
+    let Started { app, predecessor } = match started {
+        Ok(started) => started,
+        Err(code) => return code,
     };
-    app.await_first_checks();
+    app.open();
     // Only now the predecessor lets go: whatever went wrong before has changed nothing for it.
-    if let Some(predecessor) = succession.predecessor {
+    if let Some(predecessor) = predecessor {
         predecessor.relieve();
     }
     systemd::notify(systemd::State::Ready);
-    signals.run_until_told(app, succession.post)
+    signals.run_until_told(app, post)
 }
 
-/// What comes before and after this process.
-#[derive(Default)]
-struct Succession {
+/// A proxy that is ready to serve.
+struct Started {
+    app: App,
+    /// Who serves in its place.
     predecessor: Option<Predecessor>,
-    given: Vec<Given>,
-    post: Option<Post>,
 }
 
-impl Succession {
-    fn begin(path: &Path) -> Result<Self, TakeoverError> {
-        let found = Predecessor::find(path)?;
-        let (predecessor, given) = found.unzip();
-        Ok(Self {
-            predecessor,
-            given: given.unwrap_or_default(),
-            post: Some(Post::prepare(path)?),
-        })
+/// Does everything that may take long before there is anything to serve.
+fn start(run: &cli::Run, mut given: Vec<Given>) -> Result<Started, ExitCode> {
+    let loaded = load_or_fail(&run.config)?;
+    for warning in &loaded.warnings.problems {
+        warn!("{}:{warning}", loaded.path.display());
     }
+    let found = run.takeover.as_deref().map(Predecessor::find).transpose();
+    let found = found.map_err(|error| fail(USAGE, &format!("error: {error}")))?;
+    let (predecessor, inherited) = found.flatten().unzip();
+    given.extend(inherited.unwrap_or_default());
+    let follow = Follow::Files {
+        poll: POLL_INTERVAL,
+    };
+    let app = App::prepare(loaded, follow, given).map_err(|problems| fail_with(&problems))?;
+    app.await_first_checks();
+    Ok(Started { app, predecessor })
 }
 
 /// Why a running proxy ends.
@@ -156,8 +151,29 @@ impl Signals {
         })
     }
 
+    /// Starts on a thread of its own; `None` when told to end meanwhile: there is nobody to take leave of,
+    /// and the thread ends with the process.
+    fn unless_told(
+        &mut self,
+        start: impl FnOnce() -> Result<Started, ExitCode> + Send + 'static,
+    ) -> Option<Result<Started, ExitCode>> {
+        let (sender, started) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || sender.send(start()));
+        let told = told(&mut self.terminate, &mut self.interrupt);
+        self.runtime.block_on(async {
+            tokio::select! {
+                started = started => {
+                    let panicked = |_| Err(fail(FAULT, "error: the start panicked"));
+                    Some(started.unwrap_or_else(panicked))
+                }
+                _ = told => None,
+            }
+        })
+    }
+
     /// Lives until SIGTERM or SIGINT, or until a successor serves; reloads at SIGHUP, and opens the
-    /// access log anew at SIGUSR1. A second signal to end does so at once.
+    /// access log anew at SIGUSR1. A second signal to end does so at once; where a successor serves, the
+    /// first one changes nothing, as whoever stops its service need not know that it is ending already.
     fn run_until_told(self, app: App, post: Option<Post>) -> ExitCode {
         let Self {
             runtime,
@@ -173,14 +189,14 @@ impl Signals {
             let mut succeeded = pin!(succeeded(open, &app));
             loop {
                 tokio::select! {
-                    _ = terminate.recv() => break End::Told,
-                    _ = interrupt.recv() => break End::Told,
+                    _ = told(&mut terminate, &mut interrupt) => break End::Told,
                     successor = succeeded.as_mut() => break End::Succeeded(successor),
                     _ = hangup.recv() => app.request_reload(),
                     _ = reopen.recv() => sinks.reopen(),
                 }
             }
         });
+        let is_told = matches!(end, End::Told);
         let (sender, drained) = tokio::sync::oneshot::channel();
         std::thread::spawn(move || {
             let drained = match end {
@@ -192,6 +208,13 @@ impl Signals {
             };
             sender.send(drained)
         });
+        let told_again = async {
+            if !is_told {
+                told(&mut terminate, &mut interrupt).await;
+                info!("it is ending already; the next signal ends it at once");
+            }
+            told(&mut terminate, &mut interrupt).await
+        };
         let reopening = async {
             while reopen.recv().await.is_some() {
                 sinks.reopen();
@@ -205,12 +228,19 @@ impl Signals {
                     Ok(Drained::CutOff(_)) => {}
                     Err(_) => return fail(FAULT, "error: the drain panicked"),
                 },
-                _ = terminate.recv() => std::process::exit(143),
-                _ = interrupt.recv() => std::process::exit(130),
+                code = told_again => std::process::exit(code),
                 () = reopening => {}
             }
             ExitCode::SUCCESS
         })
+    }
+}
+
+/// Waits for a signal to end, and returns what a process exits with that such a signal kills.
+async fn told(terminate: &mut Signal, interrupt: &mut Signal) -> i32 {
+    tokio::select! {
+        _ = terminate.recv() => 143,
+        _ = interrupt.recv() => 130,
     }
 }
 

@@ -32,6 +32,8 @@ const BACKLOG: i32 = 4096;
 /// Where a listener is in its life, in this order; the end of the sender says `Draining` as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
+    /// It is bound, and takes nothing yet: endpoints are asked first whether they are well.
+    Starting,
     /// It takes connections.
     Serving,
     /// It still takes connections, of those who have not heard yet that it is about to go (lame duck);
@@ -124,14 +126,14 @@ impl OpenListener {
         }
     }
 
-    /// Goes on taking connections, which are told to come again elsewhere.
-    pub fn leave(&self) {
-        self.phase.send_replace(Phase::Leaving);
+    /// Tells it and its connections where they are.
+    pub fn enter(&self, phase: Phase) {
+        self.phase.send_replace(phase);
     }
 
     /// Begins its drain. `None` when `snapshot` does not know it.
     pub fn drain(self, snapshot: &Snapshot) -> Option<DrainingListener> {
-        self.phase.send_replace(Phase::Draining);
+        self.enter(Phase::Draining);
         Some(DrainingListener {
             listener: snapshot.listener(self.bound)?.clone(),
             phase: self.phase,

@@ -29,6 +29,7 @@ pub struct Acceptor {
 
 /// One listener's task.
 struct Accepting {
+    name: Arc<str>,
     socket: TcpListener,
     /// The same one, which can be given on for as long as it is held.
     shared: Arc<std::net::TcpListener>,
@@ -95,8 +96,8 @@ impl Accepting {
             active,
             phase,
         } = bound;
-        info!(listener = %name, address = %bound, "listening");
         Ok(Self {
+            name,
             socket: TcpListener::from_std(socket.try_clone()?)?,
             shared: socket,
             phase: phase.clone(),
@@ -111,6 +112,10 @@ impl Accepting {
     }
 
     async fn run(mut self) {
+        // Until then clients wait in the queue, or the process before takes them out of it. The sender's
+        // end is a drop, which says the same as `Draining`.
+        let _ = self.phase.wait_for(|phase| *phase >= Phase::Serving).await;
+        info!(listener = %self.name, address = %self.listener.bound, "listening");
         loop {
             let accepted = tokio::select! {
                 // The drain first: nobody who keeps connecting can put it off.
@@ -129,7 +134,10 @@ impl Accepting {
         }
         // The reactor has no use for it any more.
         drop(self.socket);
-        self.listener.empty_backlog(&self.shared).await;
+        // A successor takes what is queued, and may have places for it.
+        if *self.phase.borrow() != Phase::Succeeded {
+            self.listener.empty_backlog(&self.shared).await;
+        }
         info!(address = %self.listener.bound, "no longer listening");
     }
 
@@ -159,10 +167,17 @@ impl Listener {
     }
 
     /// Waits for a place: nobody else is accepted meanwhile. Also in a drain, when those that are
-    /// served end soon, and make room.
+    /// served end soon, and make room. When a successor has the socket it needs none: nobody comes after
+    /// it, and its place in the queue is gone.
     async fn admit(&self, stream: TcpStream, address: SocketAddr) {
         let ask_for_room = || self.workers.iter().for_each(WorkerHandle::ask_for_room);
-        match self.slots.take(ask_for_room).await {
+        let mut phase = self.phase.clone();
+        let slot = tokio::select! {
+            biased;
+            slot = self.slots.take(ask_for_room) => slot,
+            Ok(_) = phase.wait_for(|phase| *phase == Phase::Succeeded) => Some(Slot::beyond_the_limit()),
+        };
+        match slot {
             Some(slot) => self.hand_over(stream, address, slot),
             None => warn!(peer = %address, "a connection is lost: the process ends"),
         }

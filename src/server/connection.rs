@@ -108,7 +108,8 @@ pub(super) async fn serve(
     };
     let timeout = proxy.timer().0.timeout();
     // Boxed, or every connection would keep the room that a handshake needs.
-    let ready = match Box::pin(prepare(stream, &listener, &mut peer, timeout)).await {
+    let prepared = prepare(stream, &listener, &mut peer, timeout);
+    let ready = match Box::pin(unless_drained(prepared, phase.clone())).await {
         Ok(ready) => ready,
         Err(error) => return debug!(%error, peer = %peer.address, "connection failed"),
     };
@@ -133,6 +134,25 @@ pub(super) async fn serve(
     if let Err(error) = ended {
         debug!(%error, "connection ended");
     }
+}
+
+/// Waits for a connection to be ready; in a drain no longer than for a request.
+async fn unless_drained(
+    prepared: impl Future<Output = io::Result<Ready>>,
+    mut phase: watch::Receiver<Phase>,
+) -> io::Result<Ready> {
+    tokio::select! {
+        biased;
+        ready = prepared => ready,
+        () = last_grace(&mut phase) => Err(io::Error::other("the process drains")),
+    }
+}
+
+/// Waits until a connection without a request has to end.
+async fn last_grace(phase: &mut watch::Receiver<Phase>) {
+    // The sender's end is a drop, which says the same as `Draining`.
+    let _ = phase.wait_for(|phase| *phase >= Phase::Draining).await;
+    sleep(LAST_REQUEST_GRACE).await;
 }
 
 /// Does what comes before HTTP.
@@ -349,8 +369,7 @@ async fn until_drained<C: Future<Output = hyper::Result<()>>>(
         // The sender's end is a drop, which says the same as `Draining`.
         let _ = phase.wait_for(|phase| *phase >= Phase::Leaving).await;
         leaving.set(true);
-        let _ = phase.wait_for(|phase| *phase >= Phase::Draining).await;
-        sleep(LAST_REQUEST_GRACE).await;
+        last_grace(&mut phase).await;
     };
     let mut drain = pin!(drain);
     let mut is_watched = false;
@@ -376,11 +395,7 @@ async fn until_drained<C: Future<Output = hyper::Result<()>>>(
 async fn until_farewell(mut phase: watch::Receiver<Phase>, is_asked: &Cell<bool>) {
     // The sender's end is a drop, which says the same as `Draining`.
     let _ = phase.wait_for(|phase| *phase >= Phase::Leaving).await;
-    let drain = async {
-        let _ = phase.wait_for(|phase| *phase >= Phase::Draining).await;
-        sleep(LAST_REQUEST_GRACE).await;
-    };
-    let mut drain = pin!(drain);
+    let mut drain = pin!(last_grace(&mut phase));
     poll_fn(|cx| match is_asked.get() {
         true => Poll::Ready(()),
         false => drain.as_mut().poll(cx),

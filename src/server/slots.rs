@@ -26,7 +26,9 @@ pub struct Slots {
 
 /// The place of one connection, until it is dropped.
 #[derive(Debug)]
-pub struct Slot(#[expect(dead_code, reason = "it is there to be dropped")] OwnedSemaphorePermit);
+pub struct Slot(
+    #[expect(dead_code, reason = "it is there to be dropped")] Option<OwnedSemaphorePermit>,
+);
 
 // === impl Slots ===
 
@@ -48,7 +50,7 @@ impl Slots {
     pub async fn take(&self, ask_for_room: impl Fn()) -> Option<Slot> {
         let free = Arc::clone(&self.free);
         match Arc::clone(&free).try_acquire_owned() {
-            Ok(permit) => Some(Slot(permit)),
+            Ok(permit) => Some(Slot(Some(permit))),
             Err(TryAcquireError::Closed) => None,
             Err(TryAcquireError::NoPermits) => {
                 self.reached.increment(1);
@@ -56,7 +58,7 @@ impl Slots {
                 loop {
                     ask_for_room();
                     if let Ok(place) = timeout(ASK_AGAIN, place.as_mut()).await {
-                        return place.ok().map(Slot);
+                        return place.ok().map(|permit| Slot(Some(permit)));
                     }
                 }
             }
@@ -66,6 +68,15 @@ impl Slots {
     /// From now on nobody gets a place.
     pub fn close(&self) {
         self.free.close();
+    }
+}
+
+// === impl Slot ===
+
+impl Slot {
+    /// One more than there are.
+    pub fn beyond_the_limit() -> Self {
+        Self(None)
     }
 }
 

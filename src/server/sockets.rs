@@ -4,6 +4,7 @@
 //! A socket that two processes have has one queue. So a process that gets its sockets from the one
 //! before it loses no connection, and neither refuses any.
 
+use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -46,6 +47,10 @@ pub struct Listening {
     pub socket: Arc<TcpListener>,
 }
 
+/// A predecessor's listeners, none of which is configured here.
+#[derive(Debug)]
+pub struct Unrelated(Vec<String>);
+
 /// All listening sockets of the process.
 #[derive(Debug, Default)]
 pub struct Sockets(Mutex<State>);
@@ -54,6 +59,8 @@ pub struct Sockets(Mutex<State>);
 struct State {
     given: Vec<Given>,
     open: Vec<(Arc<str>, Weak<TcpListener>)>,
+    /// A listener for clients has the socket of a predecessor's.
+    goes_on: bool,
 }
 
 // === impl Sockets ===
@@ -61,8 +68,10 @@ struct State {
 impl Sockets {
     /// Begins with those that were given.
     pub fn new(given: Vec<Given>) -> Self {
-        let open = Vec::new();
-        Self(Mutex::new(State { given, open }))
+        Self(Mutex::new(State {
+            given,
+            ..State::default()
+        }))
     }
 
     /// A socket that listens on `address`, for the listener of this name: one that was given, or a
@@ -77,6 +86,8 @@ impl Sockets {
         let socket = match given {
             Some(found) => {
                 info!(listener = %name, %address, "the socket was there already");
+                let is_inherited = state.given[found].giver == Giver::Predecessor;
+                state.goes_on |= is_inherited && **name != *ADMIN;
                 state.take(found)?
             }
             None => listen(address)?,
@@ -98,8 +109,14 @@ impl Sockets {
     }
 
     /// Everybody who wanted a socket has one: says which of those that were given are for nobody.
-    pub fn settle(&self) {
+    ///
+    /// # Errors
+    ///
+    /// The listeners of a predecessor none of which is configured here: what it serves is another
+    /// service, which would end.
+    pub fn settle(&self) -> Result<(), Unrelated> {
         let mut state = self.lock();
+        state.unrelated()?;
         let open = &state.open;
         let is_used = |address: SocketAddr| {
             let mut open = open.iter().filter_map(|(_, socket)| socket.upgrade());
@@ -114,6 +131,23 @@ impl Sockets {
         }
         // Nobody else holds them: clients would wait in their queues for nothing.
         state.given.retain(|one| one.giver == Giver::Starter);
+        Ok(())
+    }
+
+    /// What to do about an address that cannot be listened on, when the port is that of a socket which a
+    /// predecessor gave, and which fits nothing here.
+    pub fn hint(&self, port: u16) -> Option<String> {
+        let state = self.lock();
+        let mut given = state.given.iter();
+        let holder = given.find(|one| {
+            let bound = one.socket.local_addr();
+            one.giver == Giver::Predecessor && bound.is_ok_and(|bound| bound.port() == port)
+        })?;
+        let name = holder.name.as_deref().unwrap_or_default();
+        Some(format!(
+            "listener `{name}` of the process that serves holds this port: take another one, or end that \
+             process first"
+        ))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -124,6 +158,21 @@ impl Sockets {
 // === impl State ===
 
 impl State {
+    fn unrelated(&self) -> Result<(), Unrelated> {
+        let listeners: Vec<String> = self.inherited().map(Given::to_string).collect();
+        if self.goes_on || listeners.is_empty() {
+            return Ok(());
+        }
+        Err(Unrelated(listeners))
+    }
+
+    /// What is left of the sockets of a predecessor's listeners for clients.
+    fn inherited(&self) -> impl Iterator<Item = &Given> {
+        let inherited = |one: &&Given| one.giver == Giver::Predecessor;
+        let given = self.given.iter().filter(inherited);
+        given.filter(|one| one.name.as_deref() != Some(ADMIN))
+    }
+
     /// What somebody else keeps as well is kept here: the address will not be free when its listener
     /// goes and comes again.
     fn take(&mut self, position: usize) -> io::Result<TcpListener> {
@@ -144,6 +193,26 @@ impl Given {
         };
         let is_named = || self.name.as_deref() == Some(name);
         bound == address || (address.port() == 0 && bound.ip() == address.ip() && is_named())
+    }
+}
+
+impl fmt::Display for Given {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.name.as_deref().unwrap_or_default();
+        match self.socket.local_addr() {
+            Ok(address) => write!(f, "`{name}` ({address})"),
+            Err(_) => write!(f, "`{name}`"),
+        }
+    }
+}
+
+impl fmt::Display for Unrelated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let listeners = self.0.join(", ");
+        write!(
+            f,
+            "none of the listeners of the process that serves is configured here: {listeners}"
+        )
     }
 }
 
@@ -213,7 +282,7 @@ mod tests {
         let (one, address) = given("a", Giver::Starter);
         let sockets = Sockets::new(vec![one]);
         drop(sockets.listen(&"a".into(), address).unwrap());
-        sockets.settle();
+        sockets.settle().unwrap();
         assert_eq!(
             address_of(&sockets.listen(&"a".into(), address).unwrap()),
             address
@@ -223,9 +292,21 @@ mod tests {
     #[test]
     fn a_socket_of_a_predecessor_that_nobody_wants_is_closed() {
         let (one, address) = given("a", Giver::Predecessor);
-        let sockets = Sockets::new(vec![one]);
-        sockets.settle();
+        let (two, used) = given("b", Giver::Predecessor);
+        let sockets = Sockets::new(vec![one, two]);
+        let _used = sockets.listen(&"b".into(), used).unwrap();
+        sockets.settle().unwrap();
         assert!(std::net::TcpStream::connect(address).is_err());
+    }
+
+    #[test]
+    fn who_has_only_the_admin_listener_of_a_predecessor_is_no_successor() {
+        let (web, _) = given("web", Giver::Predecessor);
+        let (admin, address) = given(ADMIN, Giver::Predecessor);
+        let sockets = Sockets::new(vec![web, admin]);
+        let _admin = sockets.listen(&ADMIN.into(), address).unwrap();
+        let unrelated = sockets.settle().unwrap_err().to_string();
+        assert!(unrelated.contains("`web` (127.0.0.1:"), "{unrelated}");
     }
 
     #[test]

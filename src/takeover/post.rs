@@ -3,8 +3,8 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{self, UnixListener};
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
 use std::time::Duration;
@@ -34,6 +34,7 @@ const BACKLOG: i32 = 16;
 /// Where a successor will find this process; dropped, nobody has seen it.
 #[derive(Debug)]
 pub struct Post {
+    /// `None` once it is in its place.
     listener: Option<UnixListener>,
     path: PathBuf,
     /// Under which name it waits to be put in its place.
@@ -64,9 +65,10 @@ impl Post {
     /// Whatever the operating system has against the path.
     pub fn prepare(path: &Path) -> Result<Self, TakeoverError> {
         let mut hidden = path.as_os_str().to_owned();
-        hidden.push(format!(".{:04x}", fastrand::u16(..)));
+        hidden.push(".next");
         let hidden = PathBuf::from(hidden);
-        let listener = listen_at(&hidden)
+        let listener = clear_away(&hidden)
+            .and_then(|()| listen_at(&hidden))
             .map_err(|error| TakeoverError::new(path, format!("cannot listen there: {error}")))?;
         Ok(Self {
             listener: Some(listener),
@@ -81,11 +83,11 @@ impl Post {
     ///
     /// Whatever the operating system has against that.
     pub fn open(mut self) -> io::Result<Open> {
+        let file = fs::symlink_metadata(&self.hidden)?;
+        fs::rename(&self.hidden, &self.path)?;
         let Some(listener) = self.listener.take() else {
             return Err(io::ErrorKind::NotConnected.into());
         };
-        let file = fs::symlink_metadata(&self.hidden)?;
-        fs::rename(&self.hidden, &self.path)?;
         info!(path = %self.path.display(), "a successor can take over");
         Ok(Open {
             listener: tokio::net::UnixListener::from_std(listener)?,
@@ -97,8 +99,28 @@ impl Post {
 
 impl Drop for Post {
     fn drop(&mut self) {
-        // It has been renamed, unless something failed.
-        let _ = fs::remove_file(&self.hidden);
+        // Else what is there is another process's.
+        if self.listener.is_some() {
+            let _ = fs::remove_file(&self.hidden);
+        }
+    }
+}
+
+/// Takes away what a process has left that was killed before it served.
+fn clear_away(hidden: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(hidden) {
+        Ok(found) if found.file_type().is_socket() => {}
+        Ok(_) => {
+            let reason = format!("`{}` is something else than a socket", hidden.display());
+            return Err(io::Error::other(reason));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    match net::UnixStream::connect(hidden) {
+        Ok(_) => Err(io::Error::other("another process is starting")),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(hidden),
+        Err(error) => Err(error),
     }
 }
 

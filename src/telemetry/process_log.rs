@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 
 use tracing_subscriber::fmt::MakeWriter;
 
+/// How long the end of the log may take to be written when the process ends.
+pub const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+
 /// How many lines may wait to be written.
 const QUEUE_LENGTH: usize = 4096;
 

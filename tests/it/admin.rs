@@ -32,6 +32,29 @@ async fn probes_answer_and_readiness_ends_with_the_drain() {
     drain.await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readiness_and_connections_wait_until_endpoints_have_been_asked() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let check = "version: '2', healthCheck: { http: { path: /hold }, interval: 1h, timeout: 10m },";
+    let config = shop(stable.address, canary.address, (0, 1), "");
+    let proxy = Proxy::prepare(&config.replace("version: '2',", check));
+    eventually("the canary is asked", || canary.held() == 1).await;
+    let mut early = Raw::connect(proxy.address()).await;
+    early.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let ready = get(proxy.admin(), "/readyz", &[]).await;
+    assert_eq!(ready.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(ready.text(), "starting\n");
+    assert_eq!(get(proxy.admin(), "/livez", &[]).await.text(), "ok\n");
+    canary.release();
+    proxy.app().await_first_checks();
+    proxy.app().open();
+    assert_eq!(get(proxy.admin(), "/readyz", &[]).await.text(), "ready\n");
+    early.read_until("\r\n\r\ncanary").await;
+}
+
 #[tokio::test]
 async fn metrics_are_in_the_text_format() {
     let upstream = Upstream::start("one").await;

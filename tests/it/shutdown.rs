@@ -1,6 +1,7 @@
 //! The end of a process: no new connections, and requests in flight finish, within a limit.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -8,10 +9,13 @@ use http::{Request, StatusCode};
 use http_body_util::Empty;
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use serin::app::Drained;
+use serin::app::{Drained, ENDING_LIMIT};
+use serin::config::load::{load, load_list};
+use serin::telemetry::process_log::FLUSH_LIMIT;
 
 use crate::cli::Running;
 use crate::support::load::Load;
+use crate::support::tls::Authority;
 use crate::support::{
     Client, PATIENCE, Proxy, Raw, Upstream, eventually, get, metric, single, with_head,
 };
@@ -105,6 +109,39 @@ async fn no_request_on_a_busy_connection_is_lost_when_its_listener_goes_or_the_p
             assert_eq!(drain.await.unwrap(), Drained::Clean);
             return;
         }
+    }
+}
+
+/// They have not spoken yet, each before another step: TLS, a header of the PROXY protocol, and HTTP.
+#[tokio::test]
+async fn connections_without_a_byte_do_not_hold_up_a_drain() {
+    let upstream = Upstream::start("one").await;
+    let patient = "timeouts: { firstByte: 10m, tlsHandshake: 10m }";
+    let tls = "tls: { certificates: [ { certificateFile: one.crt, keyFile: one.key } ] }";
+    let listeners = format!(
+        "listeners:
+  - {{ name: web, address: '127.0.0.1:0', {patient} }}
+  - {{ name: tls, address: '127.0.0.1:0', {patient}, {tls} }}
+  - {{ name: header, address: '127.0.0.1:0', {patient}, proxyProtocol: true, trustedProxies: ['127.0.0.0/8'] }}
+"
+    );
+    let config = format!(
+        "{listeners}shutdown: {{ timeout: 60s, lameDuck: 0s }}\n{}",
+        single(upstream.address, "")
+    );
+    let proxy = Proxy::start_with(&config, |directory| {
+        let identity = Authority::new("tests").issue(&["a"]);
+        identity.write(directory, "one");
+    });
+    let mut silent = Vec::new();
+    for name in ["web", "tls", "header"] {
+        silent.push(Raw::connect(proxy.app().listener(name).unwrap()).await);
+    }
+    let served = || proxy.app().connections().iter().sum::<usize>();
+    eventually("they are served", || served() == silent.len()).await;
+    assert_eq!(proxy.shut_down().await, Drained::Clean);
+    for mut client in silent {
+        assert_eq!(client.read_to_end().await, "");
     }
 }
 
@@ -273,6 +310,31 @@ async fn a_rolling_update_under_load_fails_no_request() {
         (old, admin) = (new, next_admin);
     }
     assert!(load.end().await > 500);
+}
+
+/// Killed before, it would lose the end of its access log.
+#[test]
+fn whoever_stops_it_leaves_it_the_time_that_it_may_take() {
+    let text = |file: &str| std::fs::read_to_string(file).unwrap();
+    let seconds = |file: &str, key: &str| {
+        let text = text(file);
+        let (_, after) = text.split_once(key).unwrap();
+        let seconds = after.split_whitespace().next().unwrap();
+        Duration::from_secs(seconds.parse().unwrap())
+    };
+    let timeout = |file: &str| {
+        let loaded = load(Path::new(file), &mut load_list).unwrap();
+        loaded.config.shutdown.timeout
+    };
+    let ending = ENDING_LIMIT + FLUSH_LIMIT;
+    let pod = timeout("deploy/kubernetes/config/serin.yaml") + ending;
+    let manifest = "deploy/kubernetes/deployment.yaml";
+    assert!(pod < seconds(manifest, "terminationGracePeriodSeconds: "));
+    let service = timeout("config/examples/canary-by-weight.yaml") + ending;
+    for unit in ["serin.service", "serin@.service"] {
+        let unit = format!("deploy/systemd/{unit}");
+        assert!(service < seconds(&unit, "TimeoutStopSec="));
+    }
 }
 
 /// A client of HTTP/2 that sees whether it is sent away.

@@ -55,9 +55,23 @@ impl Proxy {
 
     /// As `start_at`, looking at the files this often even if nothing tells that they changed.
     pub(crate) fn start_polling(path: &Path, directory: TempDir, poll: Duration) -> Self {
+        let proxy = Self::prepare_at(path, directory, poll);
+        proxy.app().open();
+        proxy
+    }
+
+    /// A proxy with this configuration that does not serve yet; `head()` is put in front.
+    pub(crate) fn prepare(config: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("serin.yaml");
+        fs::write(&path, with_head(config)).unwrap();
+        Self::prepare_at(&path, directory, POLL_INTERVAL)
+    }
+
+    fn prepare_at(path: &Path, directory: TempDir, poll: Duration) -> Self {
         let loaded = load(path, &mut load_list)
             .unwrap_or_else(|problems| panic!("{}", problems.render(false)));
-        let app = App::start(loaded, Follow::Files { poll })
+        let app = App::prepare(loaded, Follow::Files { poll }, Vec::new())
             .unwrap_or_else(|problems| panic!("{problems}"));
         Self {
             app: Some(app),

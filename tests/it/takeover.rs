@@ -12,7 +12,9 @@ use std::process::Stdio;
 use tempfile::TempDir;
 
 use crate::cli::{Running, serin_after};
+use crate::support::dns::{DnsServer, Manner};
 use crate::support::load::Load;
+use crate::support::port::HeldPort;
 use crate::support::{
     Client, Raw, Reply, Upstream, eventually, get, metric, shop, single, with_head,
 };
@@ -377,19 +379,207 @@ async fn a_service_manager_is_told_when_it_serves_and_when_it_ends() {
     assert_eq!(hears(), "STOPPING=1\n");
 }
 
-/// Without it, the canary's users would get the baseline for as long as the first checks take.
+/// Else the canary's users would get the baseline for as long as the first checks take.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_successor_is_ready_once_endpoints_have_been_asked() {
-    let (stable, canary) = (
-        Upstream::start("stable").await,
-        Upstream::start("canary").await,
-    );
-    let check = "version: '2', healthCheck: { http: { path: /delay/300 }, interval: 10s },";
+async fn a_successor_takes_no_connection_before_endpoints_have_been_asked() {
+    let stable = Upstream::start("stable").await;
+    // The name is what load expects of every answer.
+    let canary = Upstream::start("one").await;
+    let check = "version: '2', healthCheck: { http: { path: /hold }, interval: 1h, timeout: 10m },";
     let config = shop(stable.address, canary.address, (0, 1), "");
     let site = Site::new(&config.replace("version: '2',", check));
-    let (mut first, web, _) = site.serving();
-    eventually("the canary is healthy", || canary.requests() > 0).await;
-    let _second = site.serving();
+    let asked = || eventually("the canary is asked", || canary.held() == 1);
+    let mut first = site.start();
+    asked().await;
+    canary.release();
+    let (web, admin) = first.addresses();
+    first.wait_for("a successor can take over");
+    let load = Load::start(web);
+    load.goes_on(20).await;
+
+    let mut second = site.start();
+    asked().await;
+    load.goes_on(100).await;
+    assert_eq!(get(admin, "/readyz", &[]).await.text(), "ready\n");
+    canary.release();
+    second.addresses();
     assert_eq!(first.code(), Some(0));
-    assert_eq!(get(web, "/", &[]).await.text(), "canary");
+    load.goes_on(100).await;
+    load.end().await;
+    assert_eq!(stable.requests(), 0);
+}
+
+async fn ask(client: &mut Raw, path: &str) {
+    let request = format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n");
+    client.send(&request).await;
+}
+
+/// Clients that have asked for `path`, each on a connection of its own.
+async fn clients(web: SocketAddr, count: usize, path: &str) -> Vec<Raw> {
+    let mut clients = Vec::new();
+    for _ in 0..count {
+        let mut client = Raw::connect(web).await;
+        ask(&mut client, path).await;
+        clients.push(client);
+    }
+    clients
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waits_for_a_place_is_served_by_the_successor() {
+    let upstream = Upstream::start("one").await;
+    let config = |max: usize| {
+        let rest = single(upstream.address, "");
+        format!("connections: {{ max: {max} }}\nshutdown: {{ timeout: 10m, lameDuck: 0s }}\n{rest}")
+    };
+    let site = Site::new(&config(2));
+    let (mut old, web, admin) = site.serving();
+    let busy = clients(web, 2, "/hold").await;
+    eventually("both places are taken", || upstream.held() == 2).await;
+    let waiting = clients(web, 6, "/").await;
+    let reached = "serin_connections_limit_reached_total";
+    while metric(get(admin, "/metrics", &[]).await.text(), reached, &[]) == 0.0 {}
+
+    fs::write(&site.config, with_head(&config(100))).unwrap();
+    let _new = site.serving();
+    for mut client in waiting {
+        client.read_until("\r\n\r\none").await;
+    }
+    assert!(old.child.try_wait().unwrap().is_none());
+    upstream.release();
+    for mut client in busy {
+        client.read_until("\r\n\r\none").await;
+    }
+    assert_eq!(old.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_was_succeeded_and_is_told_to_end_finishes_its_requests() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let (mut old, web, _) = site.serving();
+    let mut busy = Raw::connect(web).await;
+    ask(&mut busy, "/hold").await;
+    eventually("the request waits", || upstream.held() == 1).await;
+    let (mut new, _, _) = site.serving();
+    old.wait_for("another process serves now");
+    old.signal("-TERM");
+    old.wait_for("it is ending already");
+    upstream.release();
+    assert!(busy.read_to_end().await.ends_with("one"));
+    assert_eq!(old.code(), Some(0));
+
+    // Told so again, it ends at once.
+    let mut busy = Raw::connect(web).await;
+    ask(&mut busy, "/hold").await;
+    eventually("the request waits", || upstream.held() == 1).await;
+    let _newest = site.serving();
+    new.wait_for("another process serves now");
+    new.signal("-INT");
+    new.wait_for("it is ending already");
+    new.signal("-TERM");
+    assert_eq!(new.code(), Some(143));
+    assert_eq!(busy.read_to_end().await, "");
+}
+
+/// A site whose process is not ready before `upstream` lets go of its first health check.
+fn waiting_for(upstream: &Upstream) -> Site {
+    let check = "name: only, healthCheck: { http: { path: /hold }, interval: 1h, timeout: 10m },";
+    Site::new(&single(upstream.address, "").replacen("name: only,", check, 1))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_killed_process_left_beside_the_path_goes_with_the_next() {
+    let upstream = Upstream::start("one").await;
+    let site = waiting_for(&upstream);
+    let left = || fs::read_dir(site.directory.path()).unwrap().count();
+    let mut killed = site.start();
+    eventually("the upstream is asked", || upstream.held() == 1).await;
+    fails(&site, "another process is starting");
+    killed.signal("-KILL");
+    killed.code();
+    assert_eq!(left(), 2);
+    let mut running = site.start();
+    eventually("the upstream is asked again", || upstream.held() == 2).await;
+    assert_eq!(left(), 2);
+    upstream.release();
+    running.wait_for("a successor can take over");
+    running.signal("-TERM");
+    assert_eq!(running.code(), Some(0));
+    assert_eq!(left(), 1, "only the configuration is left");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_service_at_the_same_path_takes_nothing_over() {
+    let upstream = Upstream::start("one").await;
+    let site = Site::new(&single(upstream.address, ""));
+    let (mut serving, web, _) = site.serving();
+    let other = "listeners: [ { name: other, address: '127.0.0.1:0' } ]\n";
+    let other = Site {
+        socket: site.socket.clone(),
+        ..Site::new(&(other.to_owned() + &single(upstream.address, "")))
+    };
+    fails(&other, "none of the listeners");
+    serving.wait_for("did not take over; this process goes on");
+    assert_eq!(get(web, "/", &[]).await.text(), "one");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_is_told_to_end_before_it_serves_does_so_at_once() {
+    let upstream = Upstream::start("one").await;
+    for signal in ["-TERM", "-INT"] {
+        let site = waiting_for(&upstream);
+        let before = upstream.held();
+        let mut running = site.start();
+        eventually("the upstream is asked", || upstream.held() > before).await;
+        running.signal(signal);
+        running.wait_for("told to end before it served");
+        assert_eq!(running.code(), Some(0));
+        let left = fs::read_dir(site.directory.path()).unwrap().count();
+        assert_eq!(left, 1, "only the configuration is left");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_is_told_to_end_while_it_asks_for_names_does_so_at_once() {
+    let dns = DnsServer::start();
+    dns.behave(Manner::Silent);
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("serin.yaml");
+    let text = format!(
+        "dns: {{ resolvers: ['{}'], timeout: 30s }}
+backends: [ {{ name: only, version: '1', endpoints: ['shop.test:80'] }} ]
+routes: [ {{ name: all, backendRefs: [ {{ name: only }} ] }} ]
+",
+        dns.address
+    );
+    fs::write(&config, with_head(&text)).unwrap();
+    let mut running = Running::start(&config);
+    eventually("it is asked", || dns.queries() > 0).await;
+    running.signal("-TERM");
+    running.wait_for("told to end before it served");
+    assert_eq!(running.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_the_predecessor_holds_otherwise_is_named_with_its_listener() {
+    let upstream = Upstream::start("one").await;
+    let held = HeldPort::new().unwrap();
+    let config = |address: SocketAddr| {
+        let rest = single(upstream.address, "");
+        format!(
+            "listeners: [ {{ name: web, address: '127.0.0.1:0' }}, {{ name: more, address: '{address}' }} ]\n{rest}"
+        )
+    };
+    let site = Site::new(&config(held.address()));
+    let mut serving = site.start();
+    serving.wait_for("a successor can take over");
+    let everywhere = SocketAddr::new([0, 0, 0, 0].into(), held.address().port());
+    fs::write(&site.config, with_head(&config(everywhere))).unwrap();
+    fails(
+        &site,
+        "listener `more` of the process that serves holds this port",
+    );
+    serving.wait_for("did not take over; this process goes on");
+    assert_eq!(get(held.address(), "/", &[]).await.text(), "one");
 }

@@ -129,7 +129,10 @@ async fn anew(aim: Arc<Aim>) {
         raw.send("GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
             .await;
         let reply = raw.read_to_end().await;
-        assert!(reply.starts_with("HTTP/1.1 200"), "{reply:?}");
+        assert!(
+            reply.starts_with("HTTP/1.1 200") && reply.ends_with("\r\n\r\none"),
+            "{reply:?}"
+        );
         aim.served(1).await;
     }
 }

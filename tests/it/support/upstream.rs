@@ -222,8 +222,9 @@ async fn answer(
             Response::new(text(format!("{:?}", trailers.unwrap_or_default())))
         }
         "/hold" => {
-            state.held.fetch_add(1, Ordering::SeqCst);
+            // Before anybody can see it held, and release it.
             let release = state.release.notified();
+            state.held.fetch_add(1, Ordering::SeqCst);
             release.await;
             state.held.fetch_sub(1, Ordering::SeqCst);
             Response::new(text(state.name.clone()))
