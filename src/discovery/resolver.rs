@@ -144,8 +144,12 @@ impl Resolver {
         Ok(answer)
     }
 
-    /// The first of the names that this one may be short for that anybody knows.
+    /// The first of the names that this one may be short for that anybody knows; as it is written, if
+    /// this machine itself knows it (nsswitch.conf(5), "hosts: files dns").
     async fn ask_host(&self, host: &str, port: u16, deadline: Instant) -> Result<Answer, Failure> {
+        if let Some(local) = self.known_here(&parse(host)?) {
+            return Ok(self.local_answer(host, port, local));
+        }
         let mut answer = Err(Failure::NotFound);
         for name in self.search.candidates(host)? {
             let asked = self.ask_addresses(&name, host, port, deadline).await;
@@ -160,16 +164,8 @@ impl Resolver {
 
     /// The addresses of exactly this host, of both families.
     async fn ask_addresses(&self, name: &Name, host: &str, port: u16, deadline: Instant) -> Answer {
-        let host: Arc<str> = host.into();
-        let part = |family| Part {
-            host: Arc::clone(&host),
-            port,
-            family,
-        };
-        if let Some([v4, v6]) = self.in_hosts_file(name) {
-            let ttl = self.settings.max_ttl;
-            let parts = vec![(part(Family::V4), Ok(v4)), (part(Family::V6), Ok(v6))];
-            return Answer { parts, ttl };
+        if let Some(local) = self.known_here(name) {
+            return self.local_answer(host, port, local);
         }
         let (v4, v6) = tokio::join!(
             self.query(name, RecordType::A, deadline),
@@ -181,11 +177,16 @@ impl Resolver {
             let (records, _) = found?;
             Ok(records.iter().filter_map(RData::ip_addr).collect())
         };
-        let parts = vec![
-            (part(Family::V4), addresses(v4)),
-            (part(Family::V6), addresses(v6)),
-        ];
+        let parts = parts(host, port, [addresses(v4), addresses(v6)]);
         Answer { parts, ttl }
+    }
+
+    /// It is valid until the hosts file changes, which is looked at as often as that.
+    fn local_answer(&self, host: &str, port: u16, addresses: [Vec<IpAddr>; 2]) -> Answer {
+        Answer {
+            parts: parts(host, port, addresses.map(Ok)),
+            ttl: self.settings.max_ttl,
+        }
     }
 
     async fn ask_service(&self, service: &str, deadline: Instant) -> Result<Answer, Failure> {
@@ -225,7 +226,17 @@ impl Resolver {
         found
     }
 
-    /// What the hosts file says of a name; a name that it knows is not asked for elsewhere.
+    /// The addresses of a name for which nobody else is asked: the hosts file has it, or it is this
+    /// machine (RFC 6761 section 6.3).
+    fn known_here(&self, name: &Name) -> Option<[Vec<IpAddr>; 2]> {
+        let this_machine = || {
+            let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+            name.is_localhost().then(|| loopback.map(|ip| vec![ip]))
+        };
+        self.in_hosts_file(name).or_else(this_machine)
+    }
+
+    /// What the hosts file says of a name.
     fn in_hosts_file(&self, name: &Name) -> Option<[Vec<IpAddr>; 2]> {
         let of = |kind| {
             let query = Query::query(name.clone(), kind);
@@ -274,8 +285,7 @@ impl Search {
 
     /// What this name may be short for, the likeliest first.
     fn candidates(&self, text: &str) -> Result<Vec<Name>, Failure> {
-        let broken = |error: &dyn fmt::Display| Failure::Broken(format!("it is no name: {error}"));
-        let name = Name::from_ascii(text).map_err(|error| broken(&error))?;
+        let name = parse(text)?;
         if name.is_fqdn() {
             return Ok(vec![name]);
         }
@@ -293,6 +303,22 @@ impl Search {
         candidates.insert(position, whole);
         Ok(candidates)
     }
+}
+
+fn parse(text: &str) -> Result<Name, Failure> {
+    let broken = |error| Failure::Broken(format!("it is no name: {error}"));
+    Name::from_ascii(text).map_err(broken)
+}
+
+/// Both families of addresses of a host, as they were found.
+fn parts<T>(host: &str, port: u16, [v4, v6]: [T; 2]) -> Vec<(Part, T)> {
+    let host: Arc<str> = host.into();
+    let part = |family| Part {
+        host: Arc::clone(&host),
+        port,
+        family,
+    };
+    vec![(part(Family::V4), v4), (part(Family::V6), v6)]
 }
 
 /// Servers that the configuration names: they are asked for names as they are written.
@@ -460,6 +486,53 @@ mod tests {
             ["shop_1.cart.", "shop_1.cart.example.com."]
         );
         assert_eq!(candidates(&search(&[], 1), "cart"), ["cart."]);
+    }
+
+    /// With nobody to ask, and search domains for every name.
+    fn offline(hosts: &str) -> Resolver {
+        let mut known = Hosts::default();
+        known.read_hosts_conf(hosts.as_bytes()).unwrap();
+        Resolver {
+            settings: Settings::default(),
+            servers: Err("nobody is to be asked".to_owned()),
+            search: search(&["shop.svc.cluster.local.", "cluster.local."], 5),
+            hosts: known,
+            read: [None; 2],
+        }
+    }
+
+    async fn found(resolver: &Resolver, host: &str) -> Result<Vec<IpAddr>, Failure> {
+        let deadline = Instant::now();
+        let asked = resolver.ask_host(host, 80, deadline).await?;
+        assert_eq!(asked.ttl, resolver.settings.max_ttl, "{host}");
+        let found = asked.parts.into_iter().map(|(_, found)| found);
+        found.collect::<Result<Vec<_>, _>>().map(|all| all.concat())
+    }
+
+    #[tokio::test]
+    async fn a_name_in_the_hosts_file_is_taken_as_it_is_written_before_anybody_is_asked() {
+        let resolver = offline("10.0.0.1 cart\nfd00::1 cart\n10.0.0.2 pay.cluster.local\n");
+        let ips = |all: &[&str]| Ok(all.iter().map(|ip| ip.parse().unwrap()).collect());
+        for name in ["cart", "CART", "cart."] {
+            assert_eq!(found(&resolver, name).await, ips(&["10.0.0.1", "fd00::1"]));
+        }
+        assert_eq!(
+            found(&resolver, "pay.cluster.local").await,
+            ips(&["10.0.0.2"])
+        );
+        let unknown = resolver.ask_host("shop", 80, Instant::now()).await.unwrap();
+        assert!(matches!(unknown.parts[0].1, Err(Failure::Broken(_))));
+    }
+
+    #[tokio::test]
+    async fn localhost_is_this_machine_whatever_dns_would_say() {
+        let ips = |all: &[&str]| Ok(all.iter().map(|ip| ip.parse().unwrap()).collect());
+        let resolver = offline("");
+        for name in ["localhost", "Localhost.", "shop.localhost"] {
+            assert_eq!(found(&resolver, name).await, ips(&["127.0.0.1", "::1"]));
+        }
+        let resolver = offline("127.0.0.1 localhost\n");
+        assert_eq!(found(&resolver, "localhost").await, ips(&["127.0.0.1"]));
     }
 
     #[test]
