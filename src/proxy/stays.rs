@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::routing::{Decision, Reason};
-use crate::snapshot::{Route, Snapshot};
+use crate::snapshot::{Revision, Route, Snapshot};
 use crate::weak_list::WeakList;
 
 use super::timeouts::Timeout;
@@ -21,6 +21,8 @@ use super::timeouts::Timeout;
 /// What a request was decided by, for as long as its stream may be moved.
 #[derive(Debug)]
 pub struct Decided {
+    /// The snapshot that decided.
+    revision: Revision,
     route: Arc<str>,
     backend: Arc<str>,
     reason: Reason,
@@ -46,10 +48,11 @@ pub struct Stays(WeakList<Weak<Stay>>);
 
 impl Decided {
     /// What has to be remembered, on a route that does not let streams stay.
-    pub fn new(route: &Route, decision: &Decision<'_>) -> Option<Box<Self>> {
+    pub fn new(revision: Revision, route: &Route, decision: &Decision<'_>) -> Option<Box<Self>> {
         let deadline = route.stream_deadline?;
         let identity = decision.identity.as_ref();
         Some(Box::new(Self {
+            revision,
             route: Arc::clone(&route.name),
             backend: Arc::clone(&route.targets[decision.target].backend.name),
             reason: decision.reason,
@@ -86,18 +89,37 @@ impl Stay {
     pub fn poll_over(&self, cx: &Context<'_>) -> Poll<()> {
         self.over.poll_passed(cx)
     }
+
+    /// Whoever was moved already keeps the deadline, and whoever is moved back has none.
+    fn follow(&self, snapshot: &Snapshot, now: Instant) {
+        let is_moved = self.decided.is_moved_by(snapshot);
+        if is_moved != self.is_moved.replace(is_moved) {
+            let over = is_moved.then_some(now + self.decided.deadline);
+            self.over.set(over);
+        }
+    }
 }
 
 // === impl Stays ===
 
 impl Stays {
-    /// A stream begins, and is looked at until what is returned is dropped.
-    pub fn begin(&self, decided: Decided, over: Timeout) -> Rc<Stay> {
+    /// A stream begins, and is looked at until what is returned is dropped. Its user may have been
+    /// moved since it was decided, while its endpoint took its time to answer.
+    pub fn begin(
+        &self,
+        decided: Decided,
+        over: Timeout,
+        snapshot: &Snapshot,
+        now: Instant,
+    ) -> Rc<Stay> {
         let stay = Rc::new(Stay {
             decided,
             is_moved: Cell::new(false),
             over,
         });
+        if stay.decided.revision != snapshot.revision {
+            stay.follow(snapshot, now);
+        }
         self.0.add(Rc::downgrade(&stay));
         stay
     }
@@ -105,11 +127,7 @@ impl Stays {
     /// There is a new snapshot: whom it moves has to go.
     pub fn follow(&self, snapshot: &Snapshot, now: Instant) {
         for stay in self.0.living() {
-            let is_moved = stay.decided.is_moved_by(snapshot);
-            if is_moved != stay.is_moved.replace(is_moved) {
-                let over = is_moved.then_some(now + stay.decided.deadline);
-                stay.over.set(over);
-            }
+            stay.follow(snapshot, now);
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_stream::StreamExt;
 use tokio_tungstenite::tungstenite::Message;
 use tonic::{Code, Request};
@@ -80,6 +80,29 @@ async fn who_is_moved_back_in_time_may_stay() {
     known.read_until("0\r\n\r\n").await;
     // Both by the last change: had the first counted, there would be no end left to wait for.
     assert_eq!(moved(&proxy), 2.0);
+}
+
+#[tokio::test]
+async fn a_stream_that_begins_when_its_user_has_been_moved_ends_as_well() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let canary = listener.local_addr().unwrap();
+    let of = |weights| config(canary, canary, weights, "whenMoved: cut");
+    let proxy = Proxy::start(&of((0, 1)));
+    let mut raw = Raw::connect(proxy.address()).await;
+    let key = "sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+    let upgrade = "connection: upgrade\r\nupgrade: websocket\r\n";
+    raw.send(&format!("GET / HTTP/1.1\r\nhost: a\r\n{upgrade}{key}\r\n"))
+        .await;
+    let (mut stream, _) = listener.accept().await.unwrap();
+    read_head(&mut stream).await;
+    proxy.replace(&of((1, 0))).await;
+    let accept = "sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n";
+    let head = format!("HTTP/1.1 101 Switching Protocols\r\n{upgrade}{accept}\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let head = raw.read_until("\r\n\r\n").await;
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+    assert_eq!(raw.read_to_end().await, "");
+    assert_eq!(moved(&proxy), 1.0);
 }
 
 #[tokio::test]
