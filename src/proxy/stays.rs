@@ -62,11 +62,12 @@ impl Decided {
     }
 
     /// True when it would be decided otherwise by this snapshot, as far as that depends on weights and
-    /// backends.
+    /// backends. A route that is gone, or has another name now, has no say.
     fn is_moved_by(&self, snapshot: &Snapshot) -> bool {
-        let mut routes = snapshot.routes.iter();
-        let Some(route) = routes.find(|route| route.name == self.route) else {
-            return true;
+        let Some(route) = snapshot.routes.iter().find(|one| one.name == self.route) else {
+            let mut backends = snapshot.backends.iter();
+            let backend = backends.find(|backend| backend.name == self.backend);
+            return backend.is_none_or(|backend| backend.disabled);
         };
         let mut targets = route.targets.iter();
         let Some(own) = targets.position(|target| target.backend.name == self.backend) else {

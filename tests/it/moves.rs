@@ -138,6 +138,25 @@ async fn a_stream_that_begins_when_its_user_has_been_moved_ends_as_well() {
 }
 
 #[tokio::test]
+async fn a_stream_outlives_its_route_but_not_its_backend() {
+    let services = (http1().await, http1().await);
+    let cut = "whenMoved: cut";
+    let of = |of_witness| witnessed(services, ((0, 1), cut), (of_witness, cut));
+    let renamed = |config: String| config.replace("- name: shop\n", "- name: store\n");
+    let proxy = Proxy::start(&of((0, 1)));
+    let mut socket = by_upgrade(proxy.address()).await;
+    let mut witness = by_upgrade_to(proxy.address(), "witness").await;
+    proxy.replace(&renamed(of((1, 0)))).await;
+    ends(&mut witness).await;
+    echoes(&mut socket).await;
+    assert_eq!(moved(&proxy), 0.0);
+    let disabled = renamed(of((1, 0))).replace("version: '2',", "version: '2', disabled: true,");
+    proxy.replace(&disabled).await;
+    ends(&mut socket).await;
+    assert_eq!(moved(&proxy), 1.0);
+}
+
+#[tokio::test]
 async fn tunnels_and_calls_end_too_and_callers_are_told_to_try_again() {
     let service = Service::start("canary").await;
     let h2c = |config: String| config.replace("version: '2',", "version: '2', protocol: h2c,");
