@@ -38,8 +38,8 @@ pub enum Change {
         loaded: Result<Box<Loaded>, Problems>,
         /// What was found of the names of endpoints that are new in it.
         names: Names,
-        /// Nobody asked, and it was refused before: the same refusal is no news.
-        is_retry: bool,
+        /// Why it was read again.
+        occasion: Occasion,
         /// Told what became of it.
         reply: Option<oneshot::Sender<Result<Revision, Problems>>>,
     },
@@ -66,6 +66,17 @@ pub enum Change {
     },
     /// Watching files for changes failed, or works again.
     Watching(Watching),
+}
+
+/// Why a configuration was read again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Occasion {
+    /// Somebody asked for it.
+    Asked,
+    /// A file has changed.
+    Noticed,
+    /// It was refused before: the same refusal is no news.
+    Retried,
 }
 
 /// How file changes are noticed.
@@ -187,6 +198,7 @@ impl Control {
         let wanted = watch::Sender::new(Wanted {
             settings: loaded.config.dns.clone(),
             names: Arc::clone(&names),
+            reloads: 0,
         });
         let now = SystemTime::now();
         let status = Status {
@@ -265,13 +277,16 @@ impl Control {
                 Change::Config {
                     loaded,
                     names,
-                    is_retry,
+                    occasion,
                     reply,
                 } => {
+                    if occasion == Occasion::Asked {
+                        self.hurry_names();
+                    }
                     let result =
                         loaded.and_then(|loaded| self.take_over(*loaded, names, &acceptor));
                     let result = result.inspect_err(|problems| {
-                        if !(is_retry && self.has_refused(problems)) {
+                        if !(occasion == Occasion::Retried && self.has_refused(problems)) {
                             self.refuse(problems);
                         }
                     });

@@ -29,8 +29,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, info, warn};
 
-use crate::control::Change;
 use crate::control::endpoints::{names_in, names_of};
+use crate::control::{Change, Occasion};
 use crate::discovery::resolver::resolve_all;
 use crate::discovery::{DnsName, Locator, Names, Settings};
 use crate::snapshot::Revision;
@@ -313,11 +313,15 @@ impl Reloader {
             }
             Err(_) => Names::new(),
         };
-        let refused_before = matches!(self.standing, Standing::Refused(_));
+        let occasion = match (&cause, &self.standing) {
+            (Cause::Asked(_), _) => Occasion::Asked,
+            (Cause::Noticed, Standing::Refused(_)) => Occasion::Retried,
+            (Cause::Noticed, _) => Occasion::Noticed,
+        };
         self.send(Some(Change::Config {
             loaded: loaded.map(Box::new),
             names,
-            is_retry: refused_before && matches!(cause, Cause::Noticed),
+            occasion,
             reply: Some(sender),
         }))
         .await;

@@ -11,7 +11,6 @@ use tracing::{error, info, warn};
 use crate::config::endpoints_file::LoadedEndpoints;
 use crate::config::load::Loaded;
 use crate::config::{self, Config};
-use crate::discovery::job::Wanted;
 use crate::discovery::{DnsName, Located, Locator, Names, Origin, Resolution, locate};
 use crate::telemetry::metrics::Metrics;
 
@@ -102,10 +101,15 @@ impl Control {
 
     /// Tells the job what is to be followed from now on.
     pub(super) fn want(&self, loaded: &Loaded, names: &Arc<Names>) {
-        self.wanted.send_replace(Wanted {
-            settings: loaded.config.dns.clone(),
-            names: Arc::clone(names),
+        self.wanted.send_modify(|wanted| {
+            wanted.settings = loaded.config.dns.clone();
+            wanted.names = Arc::clone(names);
         });
+    }
+
+    /// Tells the job that somebody has asked for a reload.
+    pub(super) fn hurry_names(&self) {
+        self.wanted.send_modify(|wanted| wanted.reloads += 1);
     }
 }
 

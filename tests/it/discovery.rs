@@ -395,6 +395,29 @@ async fn a_service_is_the_servers_of_its_first_priority() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_repaired_dns_need_not_wait_for_the_next_attempt() {
+    let (first, second) = (DnsServer::start(), DnsServer::start());
+    let ([one], port) = upstreams(["one"]).await;
+    second.host(SHOP, &ips(&[&one]));
+    let of = |server| {
+        let often = "minTtl: 20ms, maxTtl: 100ms";
+        config(server, &by_name(port)).replace(often, "minTtl: 1h, maxTtl: 1h")
+    };
+    let proxy = Proxy::start(&of(&first));
+    assert_eq!(endpoints(&proxy), []);
+    // Others are asked.
+    proxy.replace(&of(&second)).await;
+    moved_to(&proxy, &[&one]).await;
+
+    let proxy = Proxy::start(&of(&first));
+    assert_eq!(endpoints(&proxy), []);
+    // Those that are asked know more now, which nothing tells but whoever has seen to it.
+    first.host(SHOP, &ips(&[&one]));
+    proxy.app().reload().await.unwrap().unwrap();
+    moved_to(&proxy, &[&one]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_on_an_endpoint_that_is_gone_finish_there() {
     let server = DnsServer::start();
     let ([one, other], port) = upstreams(["one", "other"]).await;
