@@ -110,6 +110,16 @@ enum Cause {
     Asked(ReloadRequest),
 }
 
+/// What a file means that is not there any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gone {
+    /// It is missing.
+    Missing,
+    /// Perhaps nothing: a configuration is on its way, which may name another one. When a Kubernetes
+    /// volume is updated, all files of its last generation are gone.
+    MayBeReplaced,
+}
+
 /// A file that is followed.
 #[derive(Clone, Copy, Debug)]
 struct Followed {
@@ -234,8 +244,13 @@ impl Reloader {
         } else if changed || retry.is_due(&self.standing) {
             self.reload(Cause::Noticed).await;
         }
-        self.restless |= self.lists.look(&self.watches);
-        let (read, restless) = self.endpoints.look(&self.watches);
+        let gone = if restless || self.standing == Standing::Awaiting {
+            Gone::MayBeReplaced
+        } else {
+            Gone::Missing
+        };
+        self.restless |= self.lists.look(&self.watches, gone);
+        let (read, restless) = self.endpoints.look(&self.watches, gone);
         self.restless |= restless;
         if read.is_empty() {
             return;
@@ -413,6 +428,14 @@ impl Followed {
             Look::Restless
         } else {
             Look::Changed(now)
+        }
+    }
+
+    /// As `look`, for a file that the configuration in force names.
+    fn look_while(&mut self, gone: Gone, path: &Path, watches: &Watches) -> Look {
+        match self.look(path, watches) {
+            Look::Changed(None) if gone == Gone::MayBeReplaced => Look::Restless,
+            look => look,
         }
     }
 }

@@ -733,6 +733,34 @@ async fn config_map_swaps_move_endpoints_under_load() {
     load.finish().await;
 }
 
+#[tokio::test]
+async fn a_config_map_update_is_not_said_to_lack_the_files_of_the_one_before() {
+    let server = DnsServer::start();
+    let ([one], _) = upstreams(["one"]).await;
+    let directory = tempfile::tempdir().unwrap();
+    let volume = Volume(directory.path().to_owned());
+    let publish = |generation| {
+        let config = format!(
+            "# {generation}\n{}userLists: [ {{ name: beta, file: beta.txt }} ]\n",
+            with_file(&server)
+        );
+        let files = [
+            ("serin.yaml", &*with_head(&config)),
+            (FILE, &*list(&[&one])),
+            ("beta.txt", "ann\n"),
+        ];
+        volume.publish(generation, &files);
+    };
+    publish(0);
+    let mut running = Running::start(&directory.path().join("serin.yaml"));
+    running.addresses();
+    for generation in 1..=3 {
+        publish(generation);
+        running.wait_for("configuration taken over");
+    }
+    assert_eq!(running.others("cannot be read"), 0);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn endpoints_and_their_file_count_together() {
     let server = DnsServer::start();
