@@ -762,6 +762,24 @@ async fn a_config_map_update_is_not_said_to_lack_the_files_of_the_one_before() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_of_endpoints_in_a_volume_is_followed_by_a_configuration_beside_it() {
+    let server = DnsServer::start();
+    let ([one, other], _) = upstreams(["one", "other"]).await;
+    let directory = tempfile::tempdir().unwrap();
+    let volume = Volume(directory.path().to_owned());
+    volume.publish(0, &[(FILE, &list(&[&one]))]);
+    let path = directory.path().join("serin.yaml");
+    fs::write(&path, with_head(&with_file(&server))).unwrap();
+    let proxy = Proxy::start_at(&path, directory);
+    for generation in 1..=3 {
+        let next = if generation % 2 == 0 { &one } else { &other };
+        volume.publish(generation, &[(FILE, &list(&[next]))]);
+        moved_to(&proxy, &[next]).await;
+    }
+    assert_eq!(stale(&proxy), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn endpoints_and_their_file_count_together() {
     let server = DnsServer::start();
     let ([one, other], _) = upstreams(["one", "other"]).await;
