@@ -5,6 +5,7 @@
 //! service may be found under the name of this one; and it takes one family of addresses for all
 //! when the other fails. It caches nothing, since names are asked for when they have expired.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::Path;
@@ -140,7 +141,11 @@ impl Resolver {
             DnsName::Host { host, port } => self.ask_host(host, *port, deadline).await?,
             DnsName::Service(service) => self.ask_service(service, deadline).await?,
         };
-        drop_unreachable(&mut answer, has_route);
+        let mut one = Some(&mut answer);
+        while let Some(answer) = one {
+            drop_unreachable(answer, has_route);
+            one = answer.next.as_deref_mut();
+        }
         Ok(answer)
     }
 
@@ -177,8 +182,11 @@ impl Resolver {
             let (records, _) = found?;
             Ok(records.iter().filter_map(RData::ip_addr).collect())
         };
-        let parts = parts(host, port, [addresses(v4), addresses(v6)]);
-        Answer { parts, ttl }
+        Answer {
+            parts: parts(host, port, [addresses(v4), addresses(v6)]),
+            ttl,
+            next: None,
+        }
     }
 
     /// It is valid until the hosts file changes, which is looked at as often as that.
@@ -186,19 +194,35 @@ impl Resolver {
         Answer {
             parts: parts(host, port, addresses.map(Ok)),
             ttl: self.settings.max_ttl,
+            next: None,
         }
     }
 
     async fn ask_service(&self, service: &str, deadline: Instant) -> Result<Answer, Failure> {
         let (records, ttl) = self.ask_srv(service, deadline).await?;
-        let mut answer = Answer {
-            parts: Vec::new(),
-            ttl,
-        };
-        let servers = foremost(records);
-        if servers.is_empty() {
-            return Err(Failure::Empty);
+        let mut asked = Vec::new();
+        for servers in by_priority(records) {
+            let answer = self.ask_servers(servers, ttl, deadline).await;
+            let is_enough = answer.parts.iter().any(|(_, found)| leads_somewhere(found));
+            asked.push(answer);
+            if is_enough {
+                break;
+            }
         }
+        let last_first = asked.into_iter().rev();
+        let answer = last_first.reduce(|next, first| Answer {
+            next: Some(Box::new(next)),
+            ..first
+        });
+        answer.ok_or(Failure::Empty)
+    }
+
+    /// The addresses of these servers, whose records are valid for `ttl`.
+    async fn ask_servers(&self, servers: Vec<SRV>, ttl: Duration, deadline: Instant) -> Answer {
+        let mut answer = Answer {
+            ttl,
+            ..Answer::default()
+        };
         let asking = servers.into_iter().map(|server| async move {
             let host = server.target.to_ascii().to_ascii_lowercase();
             self.ask_addresses(&server.target, &host, server.port, deadline)
@@ -212,7 +236,7 @@ impl Resolver {
             }
             answer.parts.extend(asked.parts);
         }
-        Ok(answer)
+        answer
     }
 
     async fn ask_srv(&self, service: &str, deadline: Instant) -> Found {
@@ -358,23 +382,28 @@ fn read_times() -> [Option<SystemTime>; 2] {
 /// True when it was found, or nobody can tell: then no other name may be tried in its place.
 fn is_settled(found: &Result<Vec<IpAddr>, Failure>) -> bool {
     match found {
-        Ok(addresses) => !addresses.is_empty(),
+        Ok(_) => leads_somewhere(found),
         Err(failure) => !matches!(failure, Failure::Empty | Failure::NotFound),
     }
 }
 
-/// The servers of a service that are to be tried first (RFC 2782). Their weights are for those who
-/// know nothing of the load.
-fn foremost(records: Vec<RData>) -> Vec<SRV> {
-    let servers = records.into_iter().filter_map(|record| match record {
+fn leads_somewhere(found: &Result<Vec<IpAddr>, Failure>) -> bool {
+    found.as_ref().is_ok_and(|addresses| !addresses.is_empty())
+}
+
+/// The servers of a service, those that are to be tried first before all others (RFC 2782). Their
+/// weights are for those who know nothing of the load.
+fn by_priority(records: Vec<RData>) -> impl Iterator<Item = Vec<SRV>> {
+    let mut servers: BTreeMap<u16, Vec<SRV>> = BTreeMap::new();
+    for record in records {
         // The root in place of a host says that there is no such service.
-        RData::SRV(server) if !server.target.is_root() => Some(server),
-        _ => None,
-    });
-    let mut servers: Vec<SRV> = servers.collect();
-    let first = servers.iter().map(|server| server.priority).min();
-    servers.retain(|server| Some(server.priority) == first);
-    servers
+        if let RData::SRV(server) = record
+            && !server.target.is_root()
+        {
+            servers.entry(server.priority).or_default().push(server);
+        }
+    }
+    servers.into_values()
 }
 
 fn records(lookup: &Lookup) -> Vec<RData> {
@@ -564,7 +593,7 @@ mod tests {
             };
             Answer {
                 parts: vec![part(Family::V4, v4), part(Family::V6, v6)],
-                ttl: Duration::ZERO,
+                ..Answer::default()
             }
         };
         let mut both = answer(&[here], &[nowhere]);

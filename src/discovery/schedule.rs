@@ -199,6 +199,7 @@ mod tests {
         Ok(Answer {
             parts: vec![(part, Ok(vec![[10, 0, 0, 1].into()]))],
             ttl: Duration::from_secs(ttl),
+            next: None,
         })
     }
 

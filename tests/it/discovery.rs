@@ -395,6 +395,22 @@ async fn a_service_is_the_servers_of_its_first_priority() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_of_the_next_priority_count_when_the_first_lead_nowhere() {
+    let server = DnsServer::start();
+    let ([one, other], port) = upstreams(["one", "other"]).await;
+    server.host("b.internal", &ips(&[&other]));
+    let service = "_http._tcp.shop.internal";
+    let both = [(10, "a.internal.", port), (20, "b.internal.", port)];
+    server.service(service, &both);
+    let proxy = Proxy::start(&config(&server, &format!("endpoints: ['srv:{service}']")));
+    assert_eq!(endpoints(&proxy), [other.address]);
+    server.host("a.internal", &ips(&[&one]));
+    moved_to(&proxy, &[&one]).await;
+    server.host("a.internal", &[]);
+    moved_to(&proxy, &[&other]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_has_repaired_dns_need_not_wait_for_the_next_attempt() {
     let (first, second) = (DnsServer::start(), DnsServer::start());
     let ([one], port) = upstreams(["one"]).await;
