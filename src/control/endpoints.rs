@@ -26,7 +26,7 @@ const FILE_LOADED: &str = "serin_endpoints_file_last_load_success_timestamp_seco
 
 impl Control {
     /// Takes over what was learnt of names; only a set that differs makes a snapshot.
-    pub(super) fn take_over_names(&mut self, resolved: Vec<(DnsName, Arc<Resolution>)>) {
+    pub(super) async fn take_over_names(&mut self, resolved: Vec<(DnsName, Arc<Resolution>)>) {
         let status = self.board.load_full();
         let mut names = Names::clone(&status.names);
         let mut learnt = Names::new();
@@ -43,7 +43,10 @@ impl Control {
         }
         count(&self.metrics, &status.loaded, &learnt);
         let names = Arc::new(names);
-        let revision = moved.then(|| self.publish(&status.loaded, &names));
+        let revision = match moved {
+            true => Some(self.publish(&status.loaded, &names).await),
+            false => None,
+        };
         self.update(|status| {
             status.revision = revision.unwrap_or(status.revision);
             status.names = names;
@@ -51,7 +54,7 @@ impl Control {
     }
 
     /// Takes over a file of endpoints, with what is known of the names that are new in it.
-    pub(super) fn take_over_endpoints(
+    pub(super) async fn take_over_endpoints(
         &mut self,
         path: &Path,
         endpoints: LoadedEndpoints,
@@ -66,12 +69,13 @@ impl Control {
         info!(file = %path.display(), endpoints = count, "file of endpoints taken over");
         loaded.endpoints_files.insert(path.to_owned(), endpoints);
         forget(&self.metrics, &status, &loaded);
+        let loaded = Arc::new(loaded);
         let names = self.known_names(&loaded, found);
-        let revision = self.publish(&loaded, &names);
+        let revision = self.publish(&loaded, &names).await;
         self.want(&loaded, &names);
         self.update(|status| {
             status.revision = revision;
-            status.loaded = Arc::new(loaded);
+            status.loaded = loaded;
             status.names = names;
             status.stale_endpoints.remove(path);
         });
