@@ -38,8 +38,8 @@ pub enum Change {
         loaded: Result<Box<Loaded>, Problems>,
         /// What was found of the names of endpoints that are new in it.
         names: Names,
-        /// Nobody asked, and it was refused before: the same refusal is no news.
-        is_retry: bool,
+        /// Why it was read again.
+        occasion: Occasion,
         /// Told what became of it.
         reply: Option<oneshot::Sender<Result<Revision, Problems>>>,
     },
@@ -66,6 +66,17 @@ pub enum Change {
     },
     /// Watching files for changes failed, or works again.
     Watching(Watching),
+}
+
+/// Why a configuration was read again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Occasion {
+    /// Somebody asked for it.
+    Asked,
+    /// A file has changed.
+    Noticed,
+    /// It was refused before: the same refusal is no news.
+    Retried,
 }
 
 /// How file changes are noticed.
@@ -183,10 +194,12 @@ impl Control {
             access_log: access_log.as_ref(),
         };
         let names = endpoints::merge_names(&metrics, &loaded, &Names::new(), found);
-        let first = snapshot(&loaded, &names, &open, revision, &mut living, &metrics);
+        let first = compile_loaded(&loaded, &names, revision, &mut living, &metrics);
+        let first = open.with(first);
         let wanted = watch::Sender::new(Wanted {
             settings: loaded.config.dns.clone(),
             names: Arc::clone(&names),
+            reloads: 0,
         });
         let now = SystemTime::now();
         let status = Status {
@@ -265,13 +278,18 @@ impl Control {
                 Change::Config {
                     loaded,
                     names,
-                    is_retry,
+                    occasion,
                     reply,
                 } => {
-                    let result =
-                        loaded.and_then(|loaded| self.take_over(*loaded, names, &acceptor));
+                    if occasion == Occasion::Asked {
+                        self.hurry_names();
+                    }
+                    let result = match loaded {
+                        Ok(loaded) => self.take_over(*loaded, names, &acceptor).await,
+                        Err(problems) => Err(problems),
+                    };
                     let result = result.inspect_err(|problems| {
-                        if !(is_retry && self.has_refused(problems)) {
+                        if !(occasion == Occasion::Retried && self.has_refused(problems)) {
                             self.refuse(problems);
                         }
                     });
@@ -283,17 +301,17 @@ impl Control {
                 Change::UserList {
                     source,
                     loaded: Ok(list),
-                } => self.take_over_list(&source, list),
+                } => self.take_over_list(&source, list).await,
                 Change::UserList {
                     source,
                     loaded: Err(reason),
                 } => self.keep_list(&source, &reason),
-                Change::Endpoints { resolved } => self.take_over_names(resolved),
+                Change::Endpoints { resolved } => self.take_over_names(resolved).await,
                 Change::EndpointsFile {
                     path,
                     loaded: Ok(endpoints),
                     names,
-                } => self.take_over_endpoints(&path, endpoints, names),
+                } => self.take_over_endpoints(&path, endpoints, names).await,
                 Change::EndpointsFile {
                     path,
                     loaded: Err(reason),
@@ -327,12 +345,13 @@ impl Control {
         }
     }
 
-    fn take_over(
+    async fn take_over(
         &mut self,
         loaded: Loaded,
         found: Names,
         acceptor: &Acceptor,
     ) -> Result<Revision, Problems> {
+        let loaded = Arc::new(loaded);
         let (phase, sockets) = (self.phase, &self.sockets);
         let (opened, bound) = bind_new(&loaded, &self.listeners, phase, sockets, &self.metrics)?;
         self.access_log = open_log(&loaded, self.access_log.as_ref(), &self.sinks)?;
@@ -355,7 +374,7 @@ impl Control {
         let draining = closed.into_iter().filter_map(|open| open.drain(&before));
         self.draining.extend(draining);
         let names = self.known_names(&loaded, found);
-        let revision = self.publish(&loaded, &names);
+        let revision = self.publish(&loaded, &names).await;
         self.want(&loaded, &names);
         for socket in bound {
             acceptor.open(socket);
@@ -378,7 +397,7 @@ impl Control {
             .increment(1);
         self.update(|status| {
             status.revision = revision;
-            status.loaded = Arc::new(loaded);
+            status.loaded = loaded;
             status.taken_over_at = SystemTime::now();
             status.last_attempt_at = status.taken_over_at;
             status.refused = None;
@@ -416,7 +435,7 @@ impl Control {
         });
     }
 
-    fn take_over_list(&mut self, source: &ListSource, list: LoadedList) {
+    async fn take_over_list(&mut self, source: &ListSource, list: LoadedList) {
         let mut loaded = Loaded::clone(&self.board.load().loaded);
         let names = names_of(&loaded.config, source);
         if names.is_empty() {
@@ -424,11 +443,12 @@ impl Control {
         }
         info!(list = %names.join(","), entries = list.list.len(), "user list taken over");
         loaded.lists.insert(source.clone(), list);
+        let loaded = Arc::new(loaded);
         let names = Arc::clone(&self.board.load().names);
-        let revision = self.publish(&loaded, &names);
+        let revision = self.publish(&loaded, &names).await;
         self.update(|status| {
             status.revision = revision;
-            status.loaded = Arc::new(loaded);
+            status.loaded = loaded;
             status.stale_lists.remove(source);
         });
     }
@@ -447,22 +467,16 @@ impl Control {
         });
     }
 
-    fn publish(&mut self, loaded: &Loaded, names: &Names) -> Revision {
+    async fn publish(&mut self, loaded: &Arc<Loaded>, names: &Arc<Names>) -> Revision {
         let revision = Revision(self.board.load().revision.0 + 1);
+        let next = self.compile(loaded, names, revision).await;
         self.draining.retain(DrainingListener::has_connections);
         let open = Open {
             listeners: &self.listeners,
             draining: &self.draining,
             access_log: self.access_log.as_ref(),
         };
-        let next = snapshot(
-            loaded,
-            names,
-            &open,
-            revision,
-            &mut self.living,
-            &self.metrics,
-        );
+        let next = open.with(next);
         tokio::task::spawn_local(retire(self.live.publish(next)));
         self.living.endpoints.prune();
         self.living.tallies.prune();
@@ -471,6 +485,29 @@ impl Control {
         self.living.tickets.retain(is_open);
         self.metrics.prune();
         revision
+    }
+
+    /// Compiles on another thread: very many routes take a second, and this one answers probes.
+    async fn compile(
+        &mut self,
+        loaded: &Arc<Loaded>,
+        names: &Arc<Names>,
+        revision: Revision,
+    ) -> Snapshot {
+        let (loaded, names) = (Arc::clone(loaded), Arc::clone(names));
+        let metrics = Arc::clone(&self.metrics);
+        let mut living = std::mem::take(&mut self.living);
+        let compiling = tokio::task::spawn_blocking(move || {
+            let next = compile_loaded(&loaded, &names, revision, &mut living, &metrics);
+            (next, living)
+        });
+        let (next, living) = match compiling.await {
+            Ok(compiled) => compiled,
+            // Nobody cancels it.
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        };
+        self.living = living;
+        next
     }
 
     fn update(&self, change: impl FnOnce(&mut Status)) {
@@ -649,32 +686,41 @@ struct Open<'o> {
     access_log: Option<&'o Arc<AccessLog>>,
 }
 
-fn snapshot(
+// === impl Open ===
+
+impl Open<'_> {
+    /// A snapshot that knows of it.
+    fn with(&self, mut next: Snapshot) -> Snapshot {
+        for listener in &mut next.listeners {
+            let settings = &mut listener.settings;
+            if let Some(open) = self.listeners.iter().find(|open| open.serves(settings)) {
+                settings.address = open.bound;
+            }
+        }
+        next.access_log = self.access_log.map(Arc::clone);
+        let draining = self.draining.iter().map(|drained| drained.listener.clone());
+        next.draining_listeners = draining.collect();
+        next
+    }
+}
+
+fn compile_loaded(
     loaded: &Loaded,
     names: &Names,
-    open: &Open<'_>,
     revision: Revision,
     living: &mut Living,
     metrics: &Metrics,
 ) -> Snapshot {
-    let mut next = compile(
+    let lists = lists_in_order(loaded);
+    let endpoints = endpoints::located(loaded, names);
+    compile(
         &loaded.config,
-        &lists_in_order(loaded),
-        &endpoints::located(loaded, names),
+        &lists,
+        &endpoints,
         revision,
         living,
         metrics,
-    );
-    for listener in &mut next.listeners {
-        let settings = &mut listener.settings;
-        if let Some(open) = open.listeners.iter().find(|open| open.serves(settings)) {
-            settings.address = open.bound;
-        }
-    }
-    next.access_log = open.access_log.map(Arc::clone);
-    let draining = open.draining.iter().map(|drained| drained.listener.clone());
-    next.draining_listeners = draining.collect();
-    next
+    )
 }
 
 /// The snapshot that a configuration would give, for those who only want to ask it. Nobody is asked
@@ -817,4 +863,53 @@ fn seconds(time: SystemTime) -> f64 {
     time.duration_since(UNIX_EPOCH)
         .unwrap_or_default()
         .as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::config::load::{load_list, load_text};
+
+    use super::*;
+
+    const CONFIG: &str = "listeners: [ { name: web, address: '127.0.0.1:0' } ]
+backends: [ { name: only, endpoints: ['127.0.0.1:9'] } ]
+routes: [ { name: all, backendRefs: [ { name: only } ] } ]
+";
+
+    fn control() -> Control {
+        let loaded = load_text(FilePath::new("serin.yaml"), CONFIG, &mut load_list).unwrap();
+        let metrics = Arc::new(Metrics::new(&loaded.config.duration_buckets, 1));
+        let (found, sockets) = (Names::new(), Arc::default());
+        let made = Control::new(loaded, found, Watching::Nothing, sockets, metrics);
+        made.unwrap_or_else(|problems| panic!("{problems}")).0
+    }
+
+    #[test]
+    fn the_thread_is_free_for_probes_while_a_snapshot_is_compiled() {
+        // One thread for what blocks: as long as that waits, nothing can be compiled on it.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(1)
+            .build()
+            .unwrap();
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let test = async {
+            let mut control = control();
+            let (live, status) = (control.live(), control.board.load_full());
+            let holding = tokio::task::spawn_blocking(move || held.recv());
+            let publishing = tokio::task::spawn_local(async move {
+                control.publish(&status.loaded, &status.names).await
+            });
+            for _ in 0..100 {
+                // Only somebody who does not block gives the turn back.
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(live.load().revision, Revision(1));
+            release.send(()).unwrap();
+            holding.await.unwrap().unwrap();
+            assert_eq!(publishing.await.unwrap(), Revision(2));
+            assert_eq!(live.load().revision, Revision(2));
+        };
+        tokio::task::LocalSet::new().block_on(&runtime, test);
+    }
 }

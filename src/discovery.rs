@@ -124,7 +124,7 @@ mod tests {
         let found = ["10.0.0.3", "10.0.0.2"].map(|ip| ip.parse().unwrap());
         let answer = Answer {
             parts: vec![(part, Ok(found.to_vec()))],
-            ttl: Duration::ZERO,
+            ..Answer::default()
         };
         let known = Resolution::default().after(Ok(answer), std::time::SystemTime::UNIX_EPOCH);
         let names = Names::from([(shop.clone(), Arc::new(known))]);

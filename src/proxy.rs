@@ -52,7 +52,7 @@ use exchange::Exchange;
 use headers::Survey;
 use limits::Limits;
 use origin::{Guards, Origin, Peer};
-use stays::Stays;
+use stays::{Stay, Stays};
 use timeouts::{Timeouts, Timer};
 use translate::Translation;
 use upgrade::Wish;
@@ -404,7 +404,7 @@ impl Proxy {
                 };
                 let stay = verdict.stay.filter(may_be_moved);
                 Ok(Answer {
-                    stay: stay.map(|stay| self.stays.begin(*stay, self.timeouts.timeout())),
+                    stay: stay.map(|stay| self.begin_stay(*stay)),
                     response,
                     lease,
                     loan,
@@ -426,6 +426,12 @@ impl Proxy {
                 Some(translation) => Box::pin(translation.translate(response)).await,
             }
         })
+    }
+
+    fn begin_stay(&self, decided: stays::Decided) -> Rc<Stay> {
+        let over = self.timeouts.timeout();
+        let snapshot = self.live.current();
+        self.stays.begin(decided, over, &snapshot, Instant::now())
     }
 
     /// Decides where an admitted request goes, unless its route answers it itself.
@@ -600,7 +606,7 @@ impl Verdict {
             debug: shown
                 .then(|| headers::debug_value(decision, route, snapshot))
                 .flatten(),
-            stay: stays::Decided::new(route, decision),
+            stay: stays::Decided::new(snapshot.revision, route, decision),
         }
     }
 }

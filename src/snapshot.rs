@@ -64,6 +64,10 @@ pub struct Snapshot {
     /// Where a line for each request goes.
     pub access_log: Option<Arc<AccessLog>>,
     table: RouteTable,
+    /// Where each stands in `routes`.
+    routes_by_name: HashMap<Arc<str>, usize>,
+    /// Where each stands in `backends`.
+    backends_by_name: HashMap<Arc<str>, usize>,
     connection_policies: HashMap<EndpointId, ConnectionPolicy>,
 }
 
@@ -248,9 +252,18 @@ pub fn compile(
                     .map(|endpoint| (endpoint.id, backend.connections))
             })
             .collect(),
+        routes_by_name: positions(config.routes.iter().map(|route| &route.name)),
+        backends_by_name: positions(backends.iter().map(|backend| &backend.name)),
         backends,
         table,
     }
+}
+
+fn positions<'n>(names: impl Iterator<Item = &'n Arc<str>>) -> HashMap<Arc<str>, usize> {
+    let numbered = names.enumerate();
+    numbered
+        .map(|(position, name)| (Arc::clone(name), position))
+        .collect()
 }
 
 fn compile_listener(listener: &config::Listener, tickets: &mut Tickets) -> Listener {
@@ -492,6 +505,18 @@ impl Snapshot {
     pub fn find(&self, head: &RequestHead<'_>) -> Option<(&Arc<Route>, usize)> {
         let found = self.table.find(head)?;
         Some((&self.routes[found.route], found.matched))
+    }
+
+    /// The route of this name.
+    pub fn route(&self, name: &str) -> Option<&Arc<Route>> {
+        let position = *self.routes_by_name.get(name)?;
+        self.routes.get(position)
+    }
+
+    /// The backend of this name.
+    pub fn backend(&self, name: &str) -> Option<&Arc<Backend>> {
+        let position = *self.backends_by_name.get(name)?;
+        self.backends.get(position)
     }
 
     /// The listener that is bound to this address; `None` once it is gone.

@@ -265,12 +265,22 @@ pub fn stamp(path: &FilePath) -> Option<Stamp> {
         .map(|metadata| Stamp::from(&metadata))
 }
 
-/// Where relative names are looked for: beside the file, and in a Kubernetes volume in the
+/// Where relative names are looked for: beside the file, and for a file of a Kubernetes volume in the
 /// generation of files that is current now, so that a swap between two reads cannot mix
 /// generations.
 pub fn generation_directory(path: &FilePath) -> PathBuf {
     let home = home(path);
-    fs::canonicalize(home.join("..data")).unwrap_or_else(|_| home.to_owned())
+    let generation = is_in_generation(path).then(|| fs::canonicalize(home.join("..data")));
+    match generation {
+        Some(Ok(generation)) => generation,
+        _ => home.to_owned(),
+    }
+}
+
+/// True for a file that is swapped with the others of a Kubernetes volume. One that stands beside
+/// them is not read again with a swap, so that a generation it were tied to would be gone soon.
+fn is_in_generation(path: &FilePath) -> bool {
+    fs::read_link(path).is_ok_and(|target| target.iter().any(|part| part == "..data"))
 }
 
 /// The directory that a file is in.

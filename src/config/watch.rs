@@ -29,8 +29,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, info, warn};
 
-use crate::control::Change;
 use crate::control::endpoints::{names_in, names_of};
+use crate::control::{Change, Occasion};
 use crate::discovery::resolver::resolve_all;
 use crate::discovery::{DnsName, Locator, Names, Settings};
 use crate::snapshot::Revision;
@@ -108,6 +108,16 @@ enum Cause {
     Noticed,
     /// Somebody asked for it, and is told what becomes of it.
     Asked(ReloadRequest),
+}
+
+/// What a file means that is not there any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gone {
+    /// It is missing.
+    Missing,
+    /// Perhaps nothing: a configuration is on its way, which may name another one. When a Kubernetes
+    /// volume is updated, all files of its last generation are gone.
+    MayBeReplaced,
 }
 
 /// A file that is followed.
@@ -234,8 +244,13 @@ impl Reloader {
         } else if changed || retry.is_due(&self.standing) {
             self.reload(Cause::Noticed).await;
         }
-        self.restless |= self.lists.look(&self.watches);
-        let (read, restless) = self.endpoints.look(&self.watches);
+        let gone = if restless || self.standing == Standing::Awaiting {
+            Gone::MayBeReplaced
+        } else {
+            Gone::Missing
+        };
+        self.restless |= self.lists.look(&self.watches, gone);
+        let (read, restless) = self.endpoints.look(&self.watches, gone);
         self.restless |= restless;
         if read.is_empty() {
             return;
@@ -313,11 +328,15 @@ impl Reloader {
             }
             Err(_) => Names::new(),
         };
-        let refused_before = matches!(self.standing, Standing::Refused(_));
+        let occasion = match (&cause, &self.standing) {
+            (Cause::Asked(_), _) => Occasion::Asked,
+            (Cause::Noticed, Standing::Refused(_)) => Occasion::Retried,
+            (Cause::Noticed, _) => Occasion::Noticed,
+        };
         self.send(Some(Change::Config {
             loaded: loaded.map(Box::new),
             names,
-            is_retry: refused_before && matches!(cause, Cause::Noticed),
+            occasion,
             reply: Some(sender),
         }))
         .await;
@@ -409,6 +428,14 @@ impl Followed {
             Look::Restless
         } else {
             Look::Changed(now)
+        }
+    }
+
+    /// As `look`, for a file that the configuration in force names.
+    fn look_while(&mut self, gone: Gone, path: &Path, watches: &Watches) -> Look {
+        match self.look(path, watches) {
+            Look::Changed(None) if gone == Gone::MayBeReplaced => Look::Restless,
+            look => look,
         }
     }
 }

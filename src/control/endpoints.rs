@@ -11,7 +11,6 @@ use tracing::{error, info, warn};
 use crate::config::endpoints_file::LoadedEndpoints;
 use crate::config::load::Loaded;
 use crate::config::{self, Config};
-use crate::discovery::job::Wanted;
 use crate::discovery::{DnsName, Located, Locator, Names, Origin, Resolution, locate};
 use crate::telemetry::metrics::Metrics;
 
@@ -27,7 +26,7 @@ const FILE_LOADED: &str = "serin_endpoints_file_last_load_success_timestamp_seco
 
 impl Control {
     /// Takes over what was learnt of names; only a set that differs makes a snapshot.
-    pub(super) fn take_over_names(&mut self, resolved: Vec<(DnsName, Arc<Resolution>)>) {
+    pub(super) async fn take_over_names(&mut self, resolved: Vec<(DnsName, Arc<Resolution>)>) {
         let status = self.board.load_full();
         let mut names = Names::clone(&status.names);
         let mut learnt = Names::new();
@@ -44,7 +43,10 @@ impl Control {
         }
         count(&self.metrics, &status.loaded, &learnt);
         let names = Arc::new(names);
-        let revision = moved.then(|| self.publish(&status.loaded, &names));
+        let revision = match moved {
+            true => Some(self.publish(&status.loaded, &names).await),
+            false => None,
+        };
         self.update(|status| {
             status.revision = revision.unwrap_or(status.revision);
             status.names = names;
@@ -52,7 +54,7 @@ impl Control {
     }
 
     /// Takes over a file of endpoints, with what is known of the names that are new in it.
-    pub(super) fn take_over_endpoints(
+    pub(super) async fn take_over_endpoints(
         &mut self,
         path: &Path,
         endpoints: LoadedEndpoints,
@@ -67,12 +69,13 @@ impl Control {
         info!(file = %path.display(), endpoints = count, "file of endpoints taken over");
         loaded.endpoints_files.insert(path.to_owned(), endpoints);
         forget(&self.metrics, &status, &loaded);
+        let loaded = Arc::new(loaded);
         let names = self.known_names(&loaded, found);
-        let revision = self.publish(&loaded, &names);
+        let revision = self.publish(&loaded, &names).await;
         self.want(&loaded, &names);
         self.update(|status| {
             status.revision = revision;
-            status.loaded = Arc::new(loaded);
+            status.loaded = loaded;
             status.names = names;
             status.stale_endpoints.remove(path);
         });
@@ -102,10 +105,15 @@ impl Control {
 
     /// Tells the job what is to be followed from now on.
     pub(super) fn want(&self, loaded: &Loaded, names: &Arc<Names>) {
-        self.wanted.send_replace(Wanted {
-            settings: loaded.config.dns.clone(),
-            names: Arc::clone(names),
+        self.wanted.send_modify(|wanted| {
+            wanted.settings = loaded.config.dns.clone();
+            wanted.names = Arc::clone(names);
         });
+    }
+
+    /// Tells the job that somebody has asked for a reload.
+    pub(super) fn hurry_names(&self) {
+        self.wanted.send_modify(|wanted| wanted.reloads += 1);
     }
 }
 

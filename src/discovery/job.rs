@@ -21,12 +21,17 @@ pub struct Wanted {
     pub settings: Settings,
     /// The names, with what is known of them.
     pub names: Arc<Names>,
+    /// How often somebody has asked for a reload. Whoever does may have repaired what made asking
+    /// fail.
+    pub reloads: u64,
 }
 
 /// The job. It lives on the thread of [`control`](crate::control), which never waits for it.
 #[derive(Debug)]
 pub struct Discovery {
     wanted: watch::Receiver<Wanted>,
+    /// What was wanted last.
+    before: Wanted,
     changes: mpsc::Sender<Change>,
     schedule: Schedule,
     /// Made when it is first needed, and anew when it should ask others.
@@ -44,8 +49,10 @@ type Asked = Result<(Id, Result<Answer, Failure>), JoinError>;
 impl Discovery {
     /// A job that follows what is wanted, and hands what it learns to control.
     pub fn new(wanted: watch::Receiver<Wanted>, changes: mpsc::Sender<Change>) -> Self {
+        let before = wanted.borrow().clone();
         Self {
             wanted,
+            before,
             changes,
             schedule: Schedule::default(),
             resolver: None,
@@ -77,9 +84,12 @@ impl Discovery {
             min: wanted.settings.min_ttl,
             max: wanted.settings.max_ttl,
         };
-        let dice = fastrand::f64;
-        self.schedule
-            .follow(&wanted.names, pace, Instant::now(), dice);
+        let (now, dice) = (Instant::now(), fastrand::f64);
+        self.schedule.follow(&wanted.names, pace, now, dice);
+        let before = std::mem::replace(&mut self.before, wanted);
+        if before.settings != self.before.settings || before.reloads != self.before.reloads {
+            self.schedule.hurry(now);
+        }
     }
 
     /// Asks for what is due, of whom the system would ask now.

@@ -63,12 +63,24 @@ pub enum Family {
 }
 
 /// What asking for a name brought.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Answer {
     /// Every part that was asked for.
     pub parts: Vec<(Part, Result<Vec<IpAddr>, Failure>)>,
     /// The shortest validity of all records.
     pub ttl: Duration,
+    /// What counts if those lead nowhere: the servers of the next priority.
+    pub next: Option<Box<Self>>,
+}
+
+/// What some parts come to.
+#[derive(Default)]
+struct Merged {
+    /// Those that were found, and those that are known but failed now.
+    parts: BTreeMap<Part, BTreeSet<SocketAddr>>,
+    /// Something was found.
+    has_news: bool,
+    worst: Option<Failure>,
 }
 
 /// Why nothing was found, the one that says most last; it completes "`NAME` ...".
@@ -124,39 +136,50 @@ impl Resolution {
     }
 
     fn merge(&self, answer: Answer) -> Result<Self, Failure> {
-        let mut parts = BTreeMap::new();
         let mut worst = None;
-        let mut something = false;
-        for (part, found) in answer.parts {
+        let mut next = Some(Box::new(answer));
+        while let Some(answer) = next {
+            let merged = self.merge_parts(answer.parts);
+            worst = worst.max(merged.worst);
+            if merged.has_news {
+                let addresses: BTreeSet<SocketAddr> =
+                    merged.parts.values().flatten().copied().collect();
+                return Ok(Self {
+                    parts: merged.parts,
+                    addresses: addresses.into_iter().collect(),
+                    // Most hosts have no IPv6 address, which is nothing wrong.
+                    outcome: worst
+                        .filter(|failure| !failure.is_an_answer())
+                        .map_or(Outcome::Found, Outcome::FoundPartly),
+                    ttl: answer.ttl,
+                    ..Self::default()
+                });
+            }
+            // What is known of the first servers is better than the last ones.
+            next = answer.next.filter(|_| merged.parts.is_empty());
+        }
+        Err(worst.unwrap_or(Failure::Empty))
+    }
+
+    fn merge_parts(&self, asked: Vec<(Part, Result<Vec<IpAddr>, Failure>)>) -> Merged {
+        let mut merged = Merged::default();
+        for (part, found) in asked {
             match found.and_then(|addresses| part.endpoints(addresses)) {
                 Ok(addresses) => {
-                    something = true;
-                    parts.insert(part, addresses);
+                    merged.has_news = true;
+                    merged.parts.insert(part, addresses);
                 }
                 Err(failure) => {
                     if !failure.is_an_answer()
                         && let Some(known) = self.parts.get(&part)
                     {
-                        parts.insert(part, known.clone());
+                        merged.parts.insert(part, known.clone());
                     }
-                    worst = worst.max(Some(failure));
+                    merged.worst = merged.worst.max(Some(failure));
                 }
             }
         }
-        if !something {
-            return Err(worst.unwrap_or(Failure::Empty));
-        }
-        let addresses: BTreeSet<SocketAddr> = parts.values().flatten().copied().collect();
-        Ok(Self {
-            parts,
-            addresses: addresses.into_iter().collect(),
-            // Most hosts have no IPv6 address, which is nothing wrong.
-            outcome: worst
-                .filter(|failure| !failure.is_an_answer())
-                .map_or(Outcome::Found, Outcome::FoundPartly),
-            ttl: answer.ttl,
-            ..Self::default()
-        })
+        merged
     }
 }
 
@@ -255,6 +278,7 @@ mod tests {
                 (part(Family::V6), v6.map(ips)),
             ],
             ttl: Duration::from_secs(5),
+            next: None,
         })
     }
 
@@ -325,6 +349,33 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_next_servers_count_when_the_first_lead_nowhere_and_none_of_them_is_known() {
+        let chain = |first: Found<'_>, port| {
+            let mut next = answer(Ok(&["10.0.0.9"]), Ok(&[])).unwrap();
+            next.parts.iter_mut().for_each(|(part, _)| part.port = port);
+            Ok(Answer {
+                next: Some(Box::new(next)),
+                ..answer(first, Err(Failure::Empty)).unwrap()
+            })
+        };
+        let nothing = Resolution::default();
+        let first = nothing.after(chain(Ok(&["10.0.0.1"]), 81), NOW);
+        assert_eq!(shown(&first), ["10.0.0.1:80"]);
+        for gone in [Failure::Empty, Failure::NotFound] {
+            let after = first.after(chain(Err(gone), 81), NOW);
+            assert_eq!(shown(&after), ["10.0.0.9:81"]);
+            assert_eq!(after.outcome, Outcome::Found);
+        }
+        // Nobody has said that the first are gone.
+        let after = first.after(chain(Err(Failure::Timeout), 81), NOW);
+        assert_eq!(shown(&after), ["10.0.0.1:80"]);
+        assert_eq!(after.outcome, Outcome::Failed(Failure::Timeout));
+        let after = nothing.after(chain(Err(Failure::Timeout), 81), NOW);
+        assert_eq!(shown(&after), ["10.0.0.9:81"]);
+        assert_eq!(after.outcome, Outcome::FoundPartly(Failure::Timeout));
+    }
+
     fn any_found() -> impl Strategy<Value = Result<Vec<IpAddr>, Failure>> {
         prop_oneof![
             proptest::collection::vec(any::<[u8; 4]>().prop_map(IpAddr::from), 0..4).prop_map(Ok),
@@ -338,7 +389,7 @@ mod tests {
         let parts = (any_found(), any_found()).prop_map(|(v4, v6)| {
             Ok(Answer {
                 parts: vec![(part(Family::V4), v4), (part(Family::V6), v6)],
-                ttl: Duration::ZERO,
+                ..Answer::default()
             })
         });
         prop_oneof![parts, Just(Err(Failure::Timeout))]
@@ -371,7 +422,7 @@ mod tests {
                     part(Family::V4),
                     Ok(ips.iter().copied().map(IpAddr::from).collect()),
                 )],
-                ttl: Duration::ZERO,
+                ..Answer::default()
             });
             let before = Resolution::default().after(asked(&ips), NOW);
             let middle = other.index(ips.len());

@@ -5,6 +5,7 @@
 //! service may be found under the name of this one; and it takes one family of addresses for all
 //! when the other fails. It caches nothing, since names are asked for when they have expired.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::Path;
@@ -140,12 +141,20 @@ impl Resolver {
             DnsName::Host { host, port } => self.ask_host(host, *port, deadline).await?,
             DnsName::Service(service) => self.ask_service(service, deadline).await?,
         };
-        drop_unreachable(&mut answer, has_route);
+        let mut one = Some(&mut answer);
+        while let Some(answer) = one {
+            drop_unreachable(answer, has_route);
+            one = answer.next.as_deref_mut();
+        }
         Ok(answer)
     }
 
-    /// The first of the names that this one may be short for that anybody knows.
+    /// The first of the names that this one may be short for that anybody knows; as it is written, if
+    /// this machine itself knows it (nsswitch.conf(5), "hosts: files dns").
     async fn ask_host(&self, host: &str, port: u16, deadline: Instant) -> Result<Answer, Failure> {
+        if let Some(local) = self.known_here(&parse(host)?) {
+            return Ok(self.local_answer(host, port, local));
+        }
         let mut answer = Err(Failure::NotFound);
         for name in self.search.candidates(host)? {
             let asked = self.ask_addresses(&name, host, port, deadline).await;
@@ -160,16 +169,8 @@ impl Resolver {
 
     /// The addresses of exactly this host, of both families.
     async fn ask_addresses(&self, name: &Name, host: &str, port: u16, deadline: Instant) -> Answer {
-        let host: Arc<str> = host.into();
-        let part = |family| Part {
-            host: Arc::clone(&host),
-            port,
-            family,
-        };
-        if let Some([v4, v6]) = self.in_hosts_file(name) {
-            let ttl = self.settings.max_ttl;
-            let parts = vec![(part(Family::V4), Ok(v4)), (part(Family::V6), Ok(v6))];
-            return Answer { parts, ttl };
+        if let Some(local) = self.known_here(name) {
+            return self.local_answer(host, port, local);
         }
         let (v4, v6) = tokio::join!(
             self.query(name, RecordType::A, deadline),
@@ -181,23 +182,47 @@ impl Resolver {
             let (records, _) = found?;
             Ok(records.iter().filter_map(RData::ip_addr).collect())
         };
-        let parts = vec![
-            (part(Family::V4), addresses(v4)),
-            (part(Family::V6), addresses(v6)),
-        ];
-        Answer { parts, ttl }
+        Answer {
+            parts: parts(host, port, [addresses(v4), addresses(v6)]),
+            ttl,
+            next: None,
+        }
+    }
+
+    /// It is valid until the hosts file changes, which is looked at as often as that.
+    fn local_answer(&self, host: &str, port: u16, addresses: [Vec<IpAddr>; 2]) -> Answer {
+        Answer {
+            parts: parts(host, port, addresses.map(Ok)),
+            ttl: self.settings.max_ttl,
+            next: None,
+        }
     }
 
     async fn ask_service(&self, service: &str, deadline: Instant) -> Result<Answer, Failure> {
         let (records, ttl) = self.ask_srv(service, deadline).await?;
-        let mut answer = Answer {
-            parts: Vec::new(),
-            ttl,
-        };
-        let servers = foremost(records);
-        if servers.is_empty() {
-            return Err(Failure::Empty);
+        let mut asked = Vec::new();
+        for servers in by_priority(records) {
+            let answer = self.ask_servers(servers, ttl, deadline).await;
+            let is_enough = answer.parts.iter().any(|(_, found)| leads_somewhere(found));
+            asked.push(answer);
+            if is_enough {
+                break;
+            }
         }
+        let last_first = asked.into_iter().rev();
+        let answer = last_first.reduce(|next, first| Answer {
+            next: Some(Box::new(next)),
+            ..first
+        });
+        answer.ok_or(Failure::Empty)
+    }
+
+    /// The addresses of these servers, whose records are valid for `ttl`.
+    async fn ask_servers(&self, servers: Vec<SRV>, ttl: Duration, deadline: Instant) -> Answer {
+        let mut answer = Answer {
+            ttl,
+            ..Answer::default()
+        };
         let asking = servers.into_iter().map(|server| async move {
             let host = server.target.to_ascii().to_ascii_lowercase();
             self.ask_addresses(&server.target, &host, server.port, deadline)
@@ -211,7 +236,7 @@ impl Resolver {
             }
             answer.parts.extend(asked.parts);
         }
-        Ok(answer)
+        answer
     }
 
     async fn ask_srv(&self, service: &str, deadline: Instant) -> Found {
@@ -225,7 +250,17 @@ impl Resolver {
         found
     }
 
-    /// What the hosts file says of a name; a name that it knows is not asked for elsewhere.
+    /// The addresses of a name for which nobody else is asked: the hosts file has it, or it is this
+    /// machine (RFC 6761 section 6.3).
+    fn known_here(&self, name: &Name) -> Option<[Vec<IpAddr>; 2]> {
+        let this_machine = || {
+            let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+            name.is_localhost().then(|| loopback.map(|ip| vec![ip]))
+        };
+        self.in_hosts_file(name).or_else(this_machine)
+    }
+
+    /// What the hosts file says of a name.
     fn in_hosts_file(&self, name: &Name) -> Option<[Vec<IpAddr>; 2]> {
         let of = |kind| {
             let query = Query::query(name.clone(), kind);
@@ -274,8 +309,7 @@ impl Search {
 
     /// What this name may be short for, the likeliest first.
     fn candidates(&self, text: &str) -> Result<Vec<Name>, Failure> {
-        let broken = |error: &dyn fmt::Display| Failure::Broken(format!("it is no name: {error}"));
-        let name = Name::from_ascii(text).map_err(|error| broken(&error))?;
+        let name = parse(text)?;
         if name.is_fqdn() {
             return Ok(vec![name]);
         }
@@ -293,6 +327,22 @@ impl Search {
         candidates.insert(position, whole);
         Ok(candidates)
     }
+}
+
+fn parse(text: &str) -> Result<Name, Failure> {
+    let broken = |error| Failure::Broken(format!("it is no name: {error}"));
+    Name::from_ascii(text).map_err(broken)
+}
+
+/// Both families of addresses of a host, as they were found.
+fn parts<T>(host: &str, port: u16, [v4, v6]: [T; 2]) -> Vec<(Part, T)> {
+    let host: Arc<str> = host.into();
+    let part = |family| Part {
+        host: Arc::clone(&host),
+        port,
+        family,
+    };
+    vec![(part(Family::V4), v4), (part(Family::V6), v6)]
 }
 
 /// Servers that the configuration names: they are asked for names as they are written.
@@ -332,23 +382,28 @@ fn read_times() -> [Option<SystemTime>; 2] {
 /// True when it was found, or nobody can tell: then no other name may be tried in its place.
 fn is_settled(found: &Result<Vec<IpAddr>, Failure>) -> bool {
     match found {
-        Ok(addresses) => !addresses.is_empty(),
+        Ok(_) => leads_somewhere(found),
         Err(failure) => !matches!(failure, Failure::Empty | Failure::NotFound),
     }
 }
 
-/// The servers of a service that are to be tried first (RFC 2782). Their weights are for those who
-/// know nothing of the load.
-fn foremost(records: Vec<RData>) -> Vec<SRV> {
-    let servers = records.into_iter().filter_map(|record| match record {
+fn leads_somewhere(found: &Result<Vec<IpAddr>, Failure>) -> bool {
+    found.as_ref().is_ok_and(|addresses| !addresses.is_empty())
+}
+
+/// The servers of a service, those that are to be tried first before all others (RFC 2782). Their
+/// weights are for those who know nothing of the load.
+fn by_priority(records: Vec<RData>) -> impl Iterator<Item = Vec<SRV>> {
+    let mut servers: BTreeMap<u16, Vec<SRV>> = BTreeMap::new();
+    for record in records {
         // The root in place of a host says that there is no such service.
-        RData::SRV(server) if !server.target.is_root() => Some(server),
-        _ => None,
-    });
-    let mut servers: Vec<SRV> = servers.collect();
-    let first = servers.iter().map(|server| server.priority).min();
-    servers.retain(|server| Some(server.priority) == first);
-    servers
+        if let RData::SRV(server) = record
+            && !server.target.is_root()
+        {
+            servers.entry(server.priority).or_default().push(server);
+        }
+    }
+    servers.into_values()
 }
 
 fn records(lookup: &Lookup) -> Vec<RData> {
@@ -462,6 +517,53 @@ mod tests {
         assert_eq!(candidates(&search(&[], 1), "cart"), ["cart."]);
     }
 
+    /// With nobody to ask, and search domains for every name.
+    fn offline(hosts: &str) -> Resolver {
+        let mut known = Hosts::default();
+        known.read_hosts_conf(hosts.as_bytes()).unwrap();
+        Resolver {
+            settings: Settings::default(),
+            servers: Err("nobody is to be asked".to_owned()),
+            search: search(&["shop.svc.cluster.local.", "cluster.local."], 5),
+            hosts: known,
+            read: [None; 2],
+        }
+    }
+
+    async fn found(resolver: &Resolver, host: &str) -> Result<Vec<IpAddr>, Failure> {
+        let deadline = Instant::now();
+        let asked = resolver.ask_host(host, 80, deadline).await?;
+        assert_eq!(asked.ttl, resolver.settings.max_ttl, "{host}");
+        let found = asked.parts.into_iter().map(|(_, found)| found);
+        found.collect::<Result<Vec<_>, _>>().map(|all| all.concat())
+    }
+
+    #[tokio::test]
+    async fn a_name_in_the_hosts_file_is_taken_as_it_is_written_before_anybody_is_asked() {
+        let resolver = offline("10.0.0.1 cart\nfd00::1 cart\n10.0.0.2 pay.cluster.local\n");
+        let ips = |all: &[&str]| Ok(all.iter().map(|ip| ip.parse().unwrap()).collect());
+        for name in ["cart", "CART", "cart."] {
+            assert_eq!(found(&resolver, name).await, ips(&["10.0.0.1", "fd00::1"]));
+        }
+        assert_eq!(
+            found(&resolver, "pay.cluster.local").await,
+            ips(&["10.0.0.2"])
+        );
+        let unknown = resolver.ask_host("shop", 80, Instant::now()).await.unwrap();
+        assert!(matches!(unknown.parts[0].1, Err(Failure::Broken(_))));
+    }
+
+    #[tokio::test]
+    async fn localhost_is_this_machine_whatever_dns_would_say() {
+        let ips = |all: &[&str]| Ok(all.iter().map(|ip| ip.parse().unwrap()).collect());
+        let resolver = offline("");
+        for name in ["localhost", "Localhost.", "shop.localhost"] {
+            assert_eq!(found(&resolver, name).await, ips(&["127.0.0.1", "::1"]));
+        }
+        let resolver = offline("127.0.0.1 localhost\n");
+        assert_eq!(found(&resolver, "localhost").await, ips(&["127.0.0.1"]));
+    }
+
     #[test]
     fn servers_that_are_named_are_asked_without_search_domains() {
         let (config, options) = asking(&["127.0.0.1:5353".parse().unwrap()]);
@@ -491,7 +593,7 @@ mod tests {
             };
             Answer {
                 parts: vec![part(Family::V4, v4), part(Family::V6, v6)],
-                ttl: Duration::ZERO,
+                ..Answer::default()
             }
         };
         let mut both = answer(&[here], &[nowhere]);

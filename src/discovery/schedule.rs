@@ -49,7 +49,10 @@ impl Schedule {
         now: Instant,
         mut dice: impl FnMut() -> f64,
     ) {
-        self.pace = pace;
+        if self.pace != pace {
+            self.pace = pace;
+            self.bring_forward(|_| Some(now + pace.max));
+        }
         self.names.retain(|name, _| wanted.contains_key(name));
         self.queue.retain(|(_, name)| wanted.contains_key(name));
         for (name, resolution) in wanted {
@@ -61,6 +64,28 @@ impl Schedule {
             followed.due = Some(due);
             self.names.insert(name.clone(), followed);
             self.queue.insert((due, name.clone()));
+        }
+    }
+
+    /// Asking may fare better now than it did: what failed is due, as if it had never failed.
+    pub fn hurry(&mut self, now: Instant) {
+        for followed in self.names.values_mut() {
+            followed.failures = 0;
+        }
+        self.bring_forward(|followed| followed.resolution.problem().map(|_| now));
+    }
+
+    /// Those that wait are due at this time at the latest, where there is one.
+    fn bring_forward(&mut self, latest: impl Fn(&Followed) -> Option<Instant>) {
+        for (name, followed) in &mut self.names {
+            let Some((before, latest)) = followed.due.zip(latest(followed)) else {
+                continue;
+            };
+            if latest < before {
+                followed.due = Some(latest);
+                self.queue.remove(&(before, name.clone()));
+                self.queue.insert((latest, name.clone()));
+            }
         }
     }
 
@@ -174,6 +199,7 @@ mod tests {
         Ok(Answer {
             parts: vec![(part, Ok(vec![[10, 0, 0, 1].into()]))],
             ttl: Duration::from_secs(ttl),
+            next: None,
         })
     }
 
@@ -216,6 +242,32 @@ mod tests {
         assert_eq!(schedule.next_due(), Some(now + Duration::from_secs(3)));
         schedule.note(name("shop"), Err(Failure::Timeout), now, DAY, 0.0);
         assert_eq!(schedule.next_due(), Some(now + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn in_a_hurry_what_failed_is_due_and_what_was_found_is_not() {
+        let now = Instant::now();
+        let mut schedule = schedule(&["shop", "cart"], now);
+        schedule.take_due(now);
+        schedule.note(name("cart"), found(9), now, DAY, 1.0);
+        for _ in 0..9 {
+            schedule.note(name("shop"), Err(Failure::Timeout), now, DAY, 1.0);
+        }
+        schedule.hurry(now);
+        assert_eq!(schedule.take_due(now), [name("shop")]);
+        schedule.note(name("shop"), Err(Failure::Timeout), now, DAY, 1.0);
+        assert_eq!(schedule.next_due(), Some(now + Duration::from_secs(2)));
+    }
+
+    #[test]
+    fn a_faster_pace_counts_for_names_that_wait_already() {
+        let now = Instant::now();
+        let mut schedule = schedule(&["shop"], now);
+        schedule.take_due(now);
+        schedule.note(name("shop"), found(50), now, DAY, 1.0);
+        let max = Duration::from_secs(5);
+        schedule.follow(&wanted(&["shop"]), Pace { max, ..PACE }, now, || 0.0);
+        assert_eq!(schedule.next_due(), Some(now + max));
     }
 
     #[test]

@@ -605,19 +605,15 @@ async fn requests_and_probes_go_on_while_ten_thousand_routes_are_reloaded() {
             .replace(&many_routes(upstream.address, ROUTES, weight))
             .await;
     }
-    let asked = Instant::now();
     let exposition = get(proxy.admin(), "/metrics", &[]);
-    let probe = async {
+    let probes = async {
         for _ in 0..20 {
-            assert_eq!(
-                get(proxy.admin(), "/livez", &[]).await.status,
-                StatusCode::OK
-            );
+            let probe = get(proxy.admin(), "/livez", &[]).await;
+            assert_eq!(probe.status, StatusCode::OK);
         }
-        asked.elapsed()
     };
-    let (exposition, probed) = tokio::join!(exposition, probe);
-    assert!(exposition.text().contains("h") && probed < asked.elapsed());
+    let (exposition, ()) = tokio::join!(exposition, probes);
+    assert!(exposition.text().contains("route=\"r9999\""));
     stop.store(true, Ordering::Relaxed);
     let mut took = Vec::new();
     for client in clients {

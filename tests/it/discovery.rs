@@ -395,6 +395,45 @@ async fn a_service_is_the_servers_of_its_first_priority() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_of_the_next_priority_count_when_the_first_lead_nowhere() {
+    let server = DnsServer::start();
+    let ([one, other], port) = upstreams(["one", "other"]).await;
+    server.host("b.internal", &ips(&[&other]));
+    let service = "_http._tcp.shop.internal";
+    let both = [(10, "a.internal.", port), (20, "b.internal.", port)];
+    server.service(service, &both);
+    let proxy = Proxy::start(&config(&server, &format!("endpoints: ['srv:{service}']")));
+    assert_eq!(endpoints(&proxy), [other.address]);
+    server.host("a.internal", &ips(&[&one]));
+    moved_to(&proxy, &[&one]).await;
+    server.host("a.internal", &[]);
+    moved_to(&proxy, &[&other]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_repaired_dns_need_not_wait_for_the_next_attempt() {
+    let (first, second) = (DnsServer::start(), DnsServer::start());
+    let ([one], port) = upstreams(["one"]).await;
+    second.host(SHOP, &ips(&[&one]));
+    let of = |server| {
+        let often = "minTtl: 20ms, maxTtl: 100ms";
+        config(server, &by_name(port)).replace(often, "minTtl: 1h, maxTtl: 1h")
+    };
+    let proxy = Proxy::start(&of(&first));
+    assert_eq!(endpoints(&proxy), []);
+    // Others are asked.
+    proxy.replace(&of(&second)).await;
+    moved_to(&proxy, &[&one]).await;
+
+    let proxy = Proxy::start(&of(&first));
+    assert_eq!(endpoints(&proxy), []);
+    // Those that are asked know more now, which nothing tells but whoever has seen to it.
+    first.host(SHOP, &ips(&[&one]));
+    proxy.app().reload().await.unwrap().unwrap();
+    moved_to(&proxy, &[&one]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_on_an_endpoint_that_is_gone_finish_there() {
     let server = DnsServer::start();
     let ([one, other], port) = upstreams(["one", "other"]).await;
@@ -708,6 +747,52 @@ async fn config_map_swaps_move_endpoints_under_load() {
         load.some_more().await;
     }
     load.finish().await;
+}
+
+#[tokio::test]
+async fn a_config_map_update_is_not_said_to_lack_the_files_of_the_one_before() {
+    let server = DnsServer::start();
+    let ([one], _) = upstreams(["one"]).await;
+    let directory = tempfile::tempdir().unwrap();
+    let volume = Volume(directory.path().to_owned());
+    let publish = |generation| {
+        let config = format!(
+            "# {generation}\n{}userLists: [ {{ name: beta, file: beta.txt }} ]\n",
+            with_file(&server)
+        );
+        let files = [
+            ("serin.yaml", &*with_head(&config)),
+            (FILE, &*list(&[&one])),
+            ("beta.txt", "ann\n"),
+        ];
+        volume.publish(generation, &files);
+    };
+    publish(0);
+    let mut running = Running::start(&directory.path().join("serin.yaml"));
+    running.addresses();
+    for generation in 1..=3 {
+        publish(generation);
+        running.wait_for("configuration taken over");
+    }
+    assert_eq!(running.others("cannot be read"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_of_endpoints_in_a_volume_is_followed_by_a_configuration_beside_it() {
+    let server = DnsServer::start();
+    let ([one, other], _) = upstreams(["one", "other"]).await;
+    let directory = tempfile::tempdir().unwrap();
+    let volume = Volume(directory.path().to_owned());
+    volume.publish(0, &[(FILE, &list(&[&one]))]);
+    let path = directory.path().join("serin.yaml");
+    fs::write(&path, with_head(&with_file(&server))).unwrap();
+    let proxy = Proxy::start_at(&path, directory);
+    for generation in 1..=3 {
+        let next = if generation % 2 == 0 { &one } else { &other };
+        volume.publish(generation, &[(FILE, &list(&[next]))]);
+        moved_to(&proxy, &[next]).await;
+    }
+    assert_eq!(stale(&proxy), None);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,14 +3,15 @@
 use std::net::SocketAddr;
 
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_stream::StreamExt;
+use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tonic::{Code, Request};
 
 use crate::support::grpc::{Caller, Service, note};
 use crate::support::upstream::{read_head, serving};
-use crate::support::websocket::{by_upgrade, http1, send};
+use crate::support::websocket::{by_upgrade, by_upgrade_to, http1, send};
 use crate::support::{Proxy, Raw, eventually, shop};
 
 /// Sends one event, and then nothing more.
@@ -30,6 +31,34 @@ fn config(stable: SocketAddr, canary: SocketAddr, weights: (u32, u32), streams: 
         "    gray: {{ identity: [ {{ header: x-user-id }} ] }}\n    streams: {{ {streams} }}\n"
     );
     shop(stable, canary, weights, &rest)
+}
+
+/// As `config`, on one worker, with a route for the host `witness` beside it: once its streams end, the
+/// worker has looked at all others as well.
+fn witnessed(
+    (stable, canary): (SocketAddr, SocketAddr),
+    (weights, streams): ((u32, u32), &str),
+    (of_witness, streams_of_witness): ((u32, u32), &str),
+) -> String {
+    let (one, other) = of_witness;
+    let config = config(stable, canary, weights, streams);
+    format!(
+        "workers: 1
+{config}  - name: witness
+    hostnames: [ witness ]
+    backendRefs: [ {{ name: shop-stable, weight: {one} }}, {{ name: shop-canary, weight: {other} }} ]
+    streams: {{ {streams_of_witness} }}
+"
+    )
+}
+
+async fn ends(socket: &mut WebSocketStream<TcpStream>) {
+    assert!(!matches!(socket.next().await, Some(Ok(_))));
+}
+
+async fn echoes(socket: &mut WebSocketStream<TcpStream>) {
+    send(socket, Message::text("hello")).await.unwrap();
+    assert!(socket.next().await.unwrap().is_ok());
 }
 
 fn moved(proxy: &Proxy) -> f64 {
@@ -68,18 +97,63 @@ async fn events_end_for_those_who_have_moved_and_for_nobody_else() {
 
 #[tokio::test]
 async fn who_is_moved_back_in_time_may_stay() {
-    let (stable, canary) = (events().await, events().await);
-    let of = |weights| config(stable, canary, weights, "whenMoved: drain, deadline: 2s");
+    let services = (http1().await, http1().await);
+    let drain = "whenMoved: drain, deadline: 3s";
+    let of = |weights, of_witness| witnessed(services, (weights, drain), (of_witness, drain));
+    let proxy = Proxy::start(&of((0, 1), (0, 1)));
+    let mut known = by_upgrade(proxy.address()).await;
+    let mut witness = by_upgrade_to(proxy.address(), "witness").await;
+    proxy.replace(&of((1, 0), (1, 0))).await;
+    proxy.replace(&of((0, 1), (1, 0))).await;
+    // It had the same deadline, by the first change.
+    ends(&mut witness).await;
+    echoes(&mut known).await;
+    assert_eq!(moved(&proxy), 0.0);
+    proxy.replace(&of((1, 0), (1, 0))).await;
+    ends(&mut known).await;
+    assert_eq!(moved(&proxy), 1.0);
+}
+
+#[tokio::test]
+async fn a_stream_that_begins_when_its_user_has_been_moved_ends_as_well() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let canary = listener.local_addr().unwrap();
+    let of = |weights| config(canary, canary, weights, "whenMoved: cut");
     let proxy = Proxy::start(&of((0, 1)));
-    let mut known = listen(&proxy, "x-user-id: user-1\r\n").await;
+    let mut raw = Raw::connect(proxy.address()).await;
+    let key = "sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+    let upgrade = "connection: upgrade\r\nupgrade: websocket\r\n";
+    raw.send(&format!("GET / HTTP/1.1\r\nhost: a\r\n{upgrade}{key}\r\n"))
+        .await;
+    let (mut stream, _) = listener.accept().await.unwrap();
+    read_head(&mut stream).await;
     proxy.replace(&of((1, 0))).await;
-    proxy.replace(&of((0, 1))).await;
-    let mut later = listen(&proxy, "x-user-id: user-2\r\n").await;
-    proxy.replace(&of((1, 0))).await;
-    later.read_until("0\r\n\r\n").await;
-    known.read_until("0\r\n\r\n").await;
-    // Both by the last change: had the first counted, there would be no end left to wait for.
-    assert_eq!(moved(&proxy), 2.0);
+    let accept = "sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n";
+    let head = format!("HTTP/1.1 101 Switching Protocols\r\n{upgrade}{accept}\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let head = raw.read_until("\r\n\r\n").await;
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+    assert_eq!(raw.read_to_end().await, "");
+    assert_eq!(moved(&proxy), 1.0);
+}
+
+#[tokio::test]
+async fn a_stream_outlives_its_route_but_not_its_backend() {
+    let services = (http1().await, http1().await);
+    let cut = "whenMoved: cut";
+    let of = |of_witness| witnessed(services, ((0, 1), cut), (of_witness, cut));
+    let renamed = |config: String| config.replace("- name: shop\n", "- name: store\n");
+    let proxy = Proxy::start(&of((0, 1)));
+    let mut socket = by_upgrade(proxy.address()).await;
+    let mut witness = by_upgrade_to(proxy.address(), "witness").await;
+    proxy.replace(&renamed(of((1, 0)))).await;
+    ends(&mut witness).await;
+    echoes(&mut socket).await;
+    assert_eq!(moved(&proxy), 0.0);
+    let disabled = renamed(of((1, 0))).replace("version: '2',", "version: '2', disabled: true,");
+    proxy.replace(&disabled).await;
+    ends(&mut socket).await;
+    assert_eq!(moved(&proxy), 1.0);
 }
 
 #[tokio::test]
@@ -117,14 +191,19 @@ async fn tunnels_and_calls_end_too_and_callers_are_told_to_try_again() {
 
 #[tokio::test]
 async fn pinned_streams_stay() {
-    let (stable, canary) = (http1().await, http1().await);
-    let of = |weights| config(stable, canary, weights, "whenMoved: pin");
+    let services = (http1().await, http1().await);
+    let of = |weights| {
+        witnessed(
+            services,
+            (weights, "whenMoved: pin"),
+            (weights, "whenMoved: cut"),
+        )
+    };
     let proxy = Proxy::start(&of((0, 1)));
     let mut socket = by_upgrade(proxy.address()).await;
+    let mut witness = by_upgrade_to(proxy.address(), "witness").await;
     proxy.replace(&of((1, 0))).await;
-    for _ in 0..3 {
-        send(&mut socket, Message::text("hello")).await.unwrap();
-        assert!(socket.next().await.unwrap().is_ok());
-    }
+    ends(&mut witness).await;
+    echoes(&mut socket).await;
     assert_eq!(moved(&proxy), 0.0);
 }

@@ -524,7 +524,10 @@ async fn what_cannot_change_at_run_time_is_said_to_need_a_restart() {
     assert_eq!(status["restartRequired"], expected);
     assert_eq!(proxy.metric("serin_config_restart_required", &[]), 1.0);
     proxy.replace(&rest).await;
-    assert_eq!(proxy.metric("serin_config_restart_required", &[]), 0.0);
+    eventually("no restart is needed any more", || {
+        proxy.metric("serin_config_restart_required", &[]) == 0.0
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use crate::discovery::{DnsName, Locator};
 
 use super::directories::Watches;
 use super::lists::Urgency;
-use super::{Followed, Look};
+use super::{Followed, Gone, Look};
 
 /// All files of endpoints that the reloader knows.
 #[derive(Debug)]
@@ -92,11 +92,11 @@ impl FollowedEndpoints {
     }
 
     /// Reads the files in force that have changed and rest; true when some do not rest yet.
-    pub(super) fn look(&mut self, watches: &Watches) -> (Vec<Reread>, bool) {
+    pub(super) fn look(&mut self, watches: &Watches, gone: Gone) -> (Vec<Reread>, bool) {
         let mut restless = false;
         let mut read = Vec::new();
         for (path, followed) in &mut self.in_force {
-            match followed.file.look(path, watches) {
+            match followed.file.look_while(gone, path, watches) {
                 Look::Unchanged => {}
                 Look::Restless => restless = true,
                 Look::Changed(state) => {

@@ -18,7 +18,7 @@ use crate::config::load::{
 use crate::control::Change;
 
 use super::directories::Watches;
-use super::{Followed, Look};
+use super::{Followed, Gone, Look};
 
 /// The niceness of the threads that read user lists: about a tenth of a core while the workers want
 /// all of it. At 19 it would be a hundredth, and a list would wait for minutes on a busy machine.
@@ -130,11 +130,11 @@ impl ListFiles {
     }
 
     /// Begins to read the lists in force that have changed and rest; true when some do not rest yet.
-    pub(super) fn look(&mut self, watches: &Watches) -> bool {
+    pub(super) fn look(&mut self, watches: &Watches, gone: Gone) -> bool {
         let mut restless = false;
         let idle = self.in_force.iter_mut().filter(|(_, list)| !list.loading);
         for (source, list) in idle {
-            match list.file.look(&source.path, watches) {
+            match list.file.look_while(gone, &source.path, watches) {
                 Look::Unchanged => {}
                 Look::Restless => restless = true,
                 Look::Changed(state) => {

@@ -91,11 +91,15 @@ async fn over(upgraded: Upgraded, role: Role) -> WebSocketStream<TokioIo<Upgrade
 
 /// A client over HTTP/1.1.
 pub(crate) async fn by_upgrade(address: SocketAddr) -> WebSocketStream<TcpStream> {
+    by_upgrade_to(address, "a.example").await
+}
+
+/// As `by_upgrade`, for a host of its own.
+pub(crate) async fn by_upgrade_to(address: SocketAddr, host: &str) -> WebSocketStream<TcpStream> {
     let stream = TcpStream::connect(address).await.unwrap();
     stream.set_nodelay(true).unwrap();
-    let (socket, response) = tokio_tungstenite::client_async("ws://a.example/socket", stream)
-        .await
-        .unwrap();
+    let url = format!("ws://{host}/socket");
+    let (socket, response) = tokio_tungstenite::client_async(url, stream).await.unwrap();
     assert_eq!(response.status(), StatusCode::SWITCHING_PROTOCOLS);
     socket
 }
