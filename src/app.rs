@@ -56,8 +56,8 @@ pub const ENDING_LIMIT: Duration = Duration::from_secs(2);
 const THREADS_LIMIT: Duration = Duration::from_secs(1);
 const THREADS_TICK: Duration = Duration::from_millis(1);
 
-/// How long a successor waits at most for sockets to be let go of: where there are as many
-/// connections as there may be, that can take longer.
+/// How long a successor waits at most for sockets to be let go of. It takes a moment, unless a listener
+/// that was taken out of the configuration before still serves its queue.
 const RELEASE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Whether the files of the configuration are watched.

@@ -158,7 +158,8 @@ impl Signals {
         start: impl FnOnce() -> Result<Started, ExitCode> + Send + 'static,
     ) -> Option<Result<Started, ExitCode>> {
         let (sender, started) = tokio::sync::oneshot::channel();
-        std::thread::spawn(move || sender.send(start()));
+        // The process may be about to end without it.
+        std::thread::spawn(move || drop(sender.send(start())));
         let told = told(&mut self.terminate, &mut self.interrupt);
         self.runtime.block_on(async {
             tokio::select! {

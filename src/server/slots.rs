@@ -71,18 +71,18 @@ impl Slots {
     }
 }
 
+impl std::fmt::Debug for Slots {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let free = self.free.available_permits();
+        f.debug_struct("Slots").field("free", &free).finish()
+    }
+}
+
 // === impl Slot ===
 
 impl Slot {
     /// One more than there are.
     pub fn beyond_the_limit() -> Self {
         Self(None)
-    }
-}
-
-impl std::fmt::Debug for Slots {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let free = self.free.available_permits();
-        f.debug_struct("Slots").field("free", &free).finish()
     }
 }
