@@ -463,8 +463,9 @@ impl Control {
             &mut self.living,
             &self.metrics,
         );
+        let is_current = |endpoint| next.connection_policy(endpoint).is_some();
+        self.living.endpoints.retain(is_current);
         tokio::task::spawn_local(retire(self.live.publish(next)));
-        self.living.endpoints.prune();
         self.living.tallies.prune();
         let listeners = &loaded.config.listeners;
         let is_open = |address| listeners.iter().any(|open| open.address == address);

@@ -14,8 +14,8 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
-use crate::backend::outlier::{Cause, Record, most_ejected, outliers};
-use crate::backend::{Backend, Endpoint, EndpointId, Impediment, OutlierPolicy};
+use crate::backend::outlier::{Cause, most_ejected, outliers};
+use crate::backend::{Backend, Endpoint, Impediment, OutlierPolicy};
 use crate::snapshot::{Live, Snapshot};
 use crate::telemetry::metrics::Metrics;
 
@@ -29,7 +29,6 @@ pub struct Watch {
     live: Arc<Live>,
     metrics: Arc<Metrics>,
     alarm: Arc<Notify>,
-    records: HashMap<EndpointId, Record>,
     /// When the endpoints of a backend are compared next.
     compared: HashMap<Arc<str>, Instant>,
 }
@@ -43,7 +42,6 @@ impl Watch {
             live,
             metrics,
             alarm,
-            records: HashMap::new(),
             compared: HashMap::new(),
         }
     }
@@ -60,7 +58,7 @@ impl Watch {
 
     fn look(&mut self, snapshot: &Snapshot, now: Instant) {
         for backend in &snapshot.backends {
-            self.readmit(backend, now);
+            readmit(backend, now);
             if let Some(policy) = &backend.outliers {
                 self.eject_alarming(backend, policy, now);
                 self.compare(backend, policy, now);
@@ -68,28 +66,9 @@ impl Watch {
         }
         let names: HashSet<_> = snapshot.backends.iter().map(|one| &one.name).collect();
         self.compared.retain(|backend, _| names.contains(backend));
-        self.records.retain(|endpoint, record| {
-            record.is_known() && snapshot.connection_policy(*endpoint).is_some()
-        });
     }
 
-    /// Lets those in whose ejection is over, or that are not to be ejected any more.
-    fn readmit(&mut self, backend: &Backend, now: Instant) {
-        for endpoint in &backend.endpoints {
-            endpoint.settle(now, backend.slow_start);
-            if !endpoint.is_impeded_by(Impediment::Ejected) {
-                continue;
-            }
-            let record = self.records.entry(endpoint.id).or_default();
-            if record.ends(now) || backend.outliers.is_none() {
-                endpoint.relieve(Impediment::Ejected, now);
-                let (backend, endpoint) = (&*backend.name, &*endpoint.authority);
-                info!(backend, endpoint, "endpoint gets requests again");
-            }
-        }
-    }
-
-    fn eject_alarming(&mut self, backend: &Backend, policy: &OutlierPolicy, now: Instant) {
+    fn eject_alarming(&self, backend: &Backend, policy: &OutlierPolicy, now: Instant) {
         for endpoint in &backend.endpoints {
             if endpoint.take_alarm() {
                 self.eject(backend, endpoint, policy, Cause::Consecutive, now);
@@ -113,9 +92,7 @@ impl Watch {
             .map(|one| one.take_sample())
             .collect();
         for endpoint in &backend.endpoints {
-            if let Some(record) = self.records.get_mut(&endpoint.id) {
-                record.forgive();
-            }
+            endpoint.forgive();
         }
         for (position, cause) in outliers(&samples, policy) {
             self.eject(backend, &backend.endpoints[position], policy, cause, now);
@@ -123,7 +100,7 @@ impl Watch {
     }
 
     fn eject(
-        &mut self,
+        &self,
         backend: &Backend,
         endpoint: &Endpoint,
         policy: &OutlierPolicy,
@@ -136,9 +113,7 @@ impl Watch {
         if endpoint.is_impeded_by(Impediment::Ejected) || ejected >= may_be_ejected {
             return;
         }
-        let record = self.records.entry(endpoint.id).or_default();
-        let length = record.eject(now, policy);
-        endpoint.impede(Impediment::Ejected);
+        let length = endpoint.eject(now, policy);
         let labels = [("backend", &*backend.name), ("cause", cause.as_str())];
         let ejections = self.metrics.counter("serin_ejections_total", &labels);
         ejections.increment(1);
@@ -149,5 +124,20 @@ impl Watch {
             for_ = ?length,
             "endpoint ejected"
         );
+    }
+}
+
+/// Lets those in whose ejection is over, or that are not to be ejected any more.
+fn readmit(backend: &Backend, now: Instant) {
+    for endpoint in &backend.endpoints {
+        endpoint.settle(now, backend.slow_start);
+        let is_in = match backend.outliers {
+            Some(_) => endpoint.readmit(now),
+            None => endpoint.pardon(now),
+        };
+        if is_in {
+            let (backend, endpoint) = (&*backend.name, &*endpoint.authority);
+            info!(backend, endpoint, "endpoint gets requests again");
+        }
     }
 }

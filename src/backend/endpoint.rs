@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::gate::{Gate, Pass};
-use super::outlier::{Sample, log_latency};
+use super::outlier::{OutlierPolicy, Record, Sample, log_latency};
 
 /// Names an endpoint for as long as the process runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,6 +41,9 @@ pub struct Endpoint {
     readmitted: AtomicU64,
     born: Instant,
     tally: Tally,
+    /// Here and not with whoever ejects, so that nothing is ejected of which nobody knows until when.
+    /// No request touches it.
+    record: Mutex<Record>,
     alarm: Arc<Notify>,
 }
 
@@ -164,6 +167,36 @@ impl Endpoint {
         }
     }
 
+    /// Takes it out for what requests say of it, and says for how long.
+    pub fn eject(&self, now: Instant, policy: &OutlierPolicy) -> Duration {
+        let length = self.record().eject(now, policy);
+        self.impede(Impediment::Ejected);
+        length
+    }
+
+    /// Lets it in again once its ejection is over; true if that is now.
+    pub fn readmit(&self, now: Instant) -> bool {
+        let is_over = self.is_impeded_by(Impediment::Ejected) && self.record().ends(now);
+        if is_over {
+            self.relieve(Impediment::Ejected, now);
+        }
+        is_over
+    }
+
+    /// Lets it in again though its ejection is not over; true if it had one.
+    pub fn pardon(&self, now: Instant) -> bool {
+        let is_ejected = self.is_impeded_by(Impediment::Ejected);
+        if is_ejected {
+            self.relieve(Impediment::Ejected, now);
+        }
+        is_ejected
+    }
+
+    /// It has got through an interval: one of its ejections is forgotten.
+    pub fn forgive(&self) {
+        self.record().forgive();
+    }
+
     /// It was let in again long ago.
     pub fn settle(&self, now: Instant, slow_start: Duration) {
         if self.part(now, slow_start) >= 1.0 {
@@ -197,6 +230,10 @@ impl Endpoint {
             failures: self.tally.failures.swap(0, Ordering::Relaxed),
             log_latency: self.tally.log_latency.swap(0, Ordering::Relaxed),
         }
+    }
+
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn age(&self, now: Instant) -> u64 {
@@ -288,6 +325,7 @@ impl Endpoints {
                 readmitted: AtomicU64::new(0),
                 born: Instant::now(),
                 tally: Tally::default(),
+                record: Mutex::default(),
                 alarm: Arc::clone(alarm),
             })
         });
@@ -305,10 +343,14 @@ impl Endpoints {
         Arc::clone(&self.alarm)
     }
 
-    /// Forgets what only this map still knows.
-    pub fn prune(&mut self) {
-        self.known
-            .retain(|_, endpoint| Arc::strong_count(endpoint) > 1);
+    /// Forgets the endpoints that are not current, and the gates that only this map still knows.
+    ///
+    /// An endpoint that leaves lives on with its last request or with whoever still has a snapshot
+    /// that names it. One that comes back is a new one all the same: nobody has followed the old one
+    /// meanwhile, so what is held of it says nothing. The requests that the old one still has keep its
+    /// gate, and count for its backend.
+    pub fn retain(&mut self, is_current: impl Fn(EndpointId) -> bool) {
+        self.known.retain(|_, endpoint| is_current(endpoint.id));
         self.gates.retain(|_, gate| Arc::strong_count(gate) > 1);
     }
 }
@@ -377,6 +419,28 @@ mod tests {
         let sample = one.take_sample();
         assert_eq!((sample.requests, sample.failures), (6, 5));
         assert_eq!(one.take_sample(), Sample::default());
+    }
+
+    #[test]
+    fn one_that_comes_back_is_new_but_counts_for_its_backend_as_before() {
+        let mut known = Endpoints::default();
+        let key = EndpointKey {
+            backend: "shop".into(),
+            address: ([127, 0, 0, 1], 1).into(),
+            certified: None,
+        };
+        let old = known.get_or_create(key.clone(), true);
+        let lease = lease(&old);
+        old.relieve(Impediment::Unchecked, old.born);
+        old.impede(Impediment::Ejected);
+        known.retain(|_| false);
+        let new = known.get_or_create(key, true);
+        assert_ne!(new.id, old.id);
+        let impediments: Vec<_> = new.impediments().collect();
+        assert_eq!(impediments, [Impediment::Unchecked]);
+        assert_eq!((new.in_flight(), new.gate.inside()), (0, 1));
+        drop(lease);
+        assert_eq!(new.gate.inside(), 0);
     }
 
     #[test]

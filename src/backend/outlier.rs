@@ -133,11 +133,6 @@ impl Record {
             self.times = self.times.saturating_sub(1);
         }
     }
-
-    /// True as long as there is something to be remembered.
-    pub fn is_known(&self) -> bool {
-        self.times > 0 || self.until.is_some()
-    }
 }
 
 // === impl Cause ===
@@ -275,7 +270,7 @@ mod tests {
         let second = Duration::from_secs(1);
         assert_eq!(record.eject(now, &POLICY), second * 30);
         record.forgive();
-        assert!(!record.ends(now + second * 29) && record.is_known());
+        assert!(!record.ends(now + second * 29));
         assert!(record.ends(now + second * 30));
         assert!(!record.ends(now + second * 31));
         assert_eq!(record.eject(now, &POLICY), second * 60);
@@ -287,7 +282,7 @@ mod tests {
         for _ in 0..100 {
             record.forgive();
         }
-        assert!(!record.is_known());
+        assert_eq!(record, Record::default());
     }
 
     #[test]

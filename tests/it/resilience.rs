@@ -139,6 +139,33 @@ async fn an_ejection_ends_and_requests_come_back() {
 }
 
 #[tokio::test]
+async fn an_endpoint_that_was_ejected_leaves_and_comes_back_gets_requests() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let plain = shop(stable.address, canary.address, ALL, "");
+    let config = plain.replace(
+        "version: '2',",
+        "version: '2', outlierDetection: { consecutiveFailures: 1, ejection: 1h },",
+    );
+    let proxy = Proxy::start(&config);
+    // A request that goes on keeps all that it began with.
+    let mut held = Raw::connect(proxy.address()).await;
+    held.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    eventually("it is there", || canary.held() == 1).await;
+    send(&proxy, Method::GET, "/status/500").await;
+    let is_in = || proxy.app().live().load().backends[1].is_available();
+    eventually("it is ejected", || !is_in()).await;
+    let address = format!("'{}'", canary.address);
+    proxy.replace(&config.replace(&address, "")).await;
+    proxy.replace(&config).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "canary");
+    canary.release();
+    held.read_until("canary").await;
+}
+
+#[tokio::test]
 async fn what_reads_is_shielded_from_a_canary_that_breaks_off_and_what_writes_is_not() {
     let stable = Upstream::start("stable").await;
     let proxy = Proxy::start(&shop(stable.address, closing().await, ALL, ""));
