@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HOST, HeaderValue, TE};
@@ -19,7 +20,7 @@ use crate::backend::health::{Health, Opinion, Probe};
 use crate::backend::{Backend, Endpoint, EndpointId, HealthCheck, Impediment};
 use crate::snapshot::{Live, Snapshot};
 use crate::telemetry::metrics::Metrics;
-use crate::upstream::probe;
+use crate::upstream::probe::{self, Asked};
 
 /// The most of an answer that is read, in bytes.
 const LARGEST_ANSWER: usize = 64 << 10;
@@ -57,14 +58,15 @@ struct Running {
     check: Arc<HealthCheck>,
     /// That of the backend's transport.
     fingerprint: u64,
+    connect_timeout: Duration,
     task: AbortHandle,
 }
 
 /// One endpoint's task.
 struct Checking {
-    backend: Arc<Backend>,
+    backend: Arc<str>,
     check: Arc<HealthCheck>,
-    endpoint: Arc<Endpoint>,
+    asked: Asked,
     metrics: Arc<Metrics>,
     opinion: Opinion,
 }
@@ -117,20 +119,26 @@ impl Checks {
 
     fn start(
         &self,
-        backend: &Arc<Backend>,
+        backend: &Backend,
         check: &Arc<HealthCheck>,
         endpoint: &Arc<Endpoint>,
     ) -> Running {
+        let connect_timeout = backend.connections.connect_timeout;
         let checking = Checking {
-            backend: Arc::clone(backend),
+            backend: Arc::clone(&backend.name),
             check: Arc::clone(check),
-            endpoint: Arc::clone(endpoint),
+            asked: Asked {
+                endpoint: Arc::clone(endpoint),
+                transport: Arc::clone(&backend.transport),
+                connect_timeout,
+            },
             metrics: Arc::clone(&self.metrics),
             opinion: Opinion::new(health_of(endpoint)),
         };
         Running {
             check: Arc::clone(check),
             fingerprint: backend.transport.fingerprint,
+            connect_timeout,
             task: tokio::task::spawn_local(checking.run()).abort_handle(),
         }
     }
@@ -160,7 +168,9 @@ fn forget_checks(endpoint: &Endpoint) {
 
 impl Running {
     fn is_of(&self, backend: &Backend, check: &HealthCheck) -> bool {
-        *self.check == *check && self.fingerprint == backend.transport.fingerprint
+        *self.check == *check
+            && self.fingerprint == backend.transport.fingerprint
+            && self.connect_timeout == backend.connections.connect_timeout
     }
 }
 
@@ -184,7 +194,7 @@ impl Checking {
     }
 
     fn learn(&mut self, answer: Result<(), Complaint>) {
-        let (backend, endpoint) = (&*self.backend.name, &*self.endpoint.authority);
+        let (backend, endpoint) = (&*self.backend, &*self.asked.endpoint.authority);
         let result = if answer.is_ok() { "success" } else { "failure" };
         let labels = [("backend", backend), ("result", result)];
         let answers = self.metrics.counter("serin_health_checks_total", &labels);
@@ -194,13 +204,15 @@ impl Checking {
             Ok(()) if is_changed => {
                 let now = Instant::now();
                 // The newer reason last: only then do requests come back.
-                self.endpoint.relieve(Impediment::Unchecked, now);
-                self.endpoint.relieve(Impediment::Unhealthy, now);
+                self.asked.endpoint.relieve(Impediment::Unchecked, now);
+                self.asked.endpoint.relieve(Impediment::Unhealthy, now);
                 info!(backend, endpoint, "endpoint is healthy");
             }
             Err(reason) if is_changed => {
-                self.endpoint.impede(Impediment::Unhealthy);
-                self.endpoint.relieve(Impediment::Unchecked, Instant::now());
+                self.asked.endpoint.impede(Impediment::Unhealthy);
+                self.asked
+                    .endpoint
+                    .relieve(Impediment::Unchecked, Instant::now());
                 warn!(backend, endpoint, reason, "endpoint is unhealthy");
             }
             Ok(()) => {}
@@ -211,7 +223,7 @@ impl Checking {
     async fn ask(&self) -> Result<(), Complaint> {
         match &self.check.probe {
             Probe::Tcp => {
-                let connected = probe::connect(&self.backend, &self.endpoint).await;
+                let connected = probe::connect(&self.asked).await;
                 connected.map_err(|error| error.to_string())
             }
             Probe::Http {
@@ -238,11 +250,11 @@ impl Checking {
         mut request: Request<Full<Bytes>>,
     ) -> Result<Response<Incoming>, Complaint> {
         if !request.headers().contains_key(HOST)
-            && let Ok(host) = HeaderValue::from_str(&self.endpoint.authority)
+            && let Ok(host) = HeaderValue::from_str(&self.asked.endpoint.authority)
         {
             request.headers_mut().insert(HOST, host);
         }
-        let sent = probe::send(&self.backend, &self.endpoint, request).await;
+        let sent = probe::send(&self.asked, request).await;
         sent.map_err(|error| error.to_string())
     }
 }

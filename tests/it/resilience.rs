@@ -449,6 +449,37 @@ async fn a_new_canary_gets_no_requests_before_it_is_found_healthy() {
     assert!(proxy.metric("serin_health_checks_total", &answers) >= 3.0);
 }
 
+/// A check of another endpoint goes on all the time.
+#[tokio::test]
+async fn an_endpoint_that_comes_back_is_asked_again_before_it_gets_requests() {
+    let (stable, staying, leaving) = (
+        Upstream::start("stable").await,
+        Upstream::start("staying").await,
+        Upstream::start("leaving").await,
+    );
+    let own = "version: '2', healthCheck: { http: { path: / }, interval: 1h },";
+    let config = shop(stable.address, staying.address, ALL, "").replace("version: '2',", own);
+    let one = format!("'{}'", staying.address);
+    let both = format!("{one}, '{}'", leaving.address);
+    let both = config.replace(&one, &both);
+    let proxy = Proxy::start(&both);
+    let usable = || {
+        let snapshot = proxy.app().live().load();
+        let endpoints = snapshot.backends[1].endpoints.iter();
+        endpoints.filter(|one| one.is_usable()).count()
+    };
+    eventually("both are healthy", || usable() == 2).await;
+    proxy.replace(&config).await;
+    proxy.replace(&both.replace("path: /", "path: /hold")).await;
+    eventually("it is asked", || leaving.held() == 1).await;
+    assert_eq!(usable(), 1);
+    for _ in 0..10 {
+        assert_eq!(send(&proxy, Method::GET, "/").await.text(), "staying");
+    }
+    staying.release();
+    leaving.release();
+}
+
 #[tokio::test]
 async fn without_checks_nothing_of_them_stays() {
     let (stable, canary) = (
