@@ -54,7 +54,8 @@ pub struct Backend {
     pub outliers: Option<OutlierPolicy>,
     /// How long one takes that was let in again to get its full part of the requests.
     pub slow_start: Duration,
-    /// With fewer than this part of its endpoints usable, all of them get requests; 0 for never.
+    /// With fewer than this part of its endpoints usable, all of them get the requests of the routes
+    /// whose baseline it is; 0 for never.
     pub panic_threshold: Ratio,
 }
 
@@ -141,22 +142,27 @@ pub struct HeaderEdits {
 impl Backend {
     /// True when it can take requests at all.
     pub fn is_available(&self) -> bool {
-        self.unavailability().is_none()
+        self.unavailability(self.panic_threshold).is_none()
     }
 
-    /// Why it takes no requests; `None` when it does.
-    pub fn unavailability(&self) -> Option<Unavailability> {
+    /// Why it takes no requests for which this is the panic threshold; `None` when it does.
+    pub fn unavailability(&self, panic_threshold: Ratio) -> Option<Unavailability> {
         if self.disabled {
             Some(Unavailability::Disabled)
         } else if self.endpoints.is_empty() {
             Some(Unavailability::Empty)
-        } else if self.panic_threshold == Ratio(0)
+        } else if panic_threshold == Ratio(0)
             && !self.endpoints.iter().any(|endpoint| endpoint.is_usable())
         {
             Some(Unavailability::Unhealthy)
         } else {
             None
         }
+    }
+
+    /// As [`choose_within`](Self::choose_within), with the backend's own threshold.
+    pub fn choose(&self, die: u64, now: Instant, failed: &[EndpointId]) -> Option<&Arc<Endpoint>> {
+        self.choose_within(self.panic_threshold, die, now, failed)
     }
 
     /// Chooses an endpoint for one request: of two drawn by lot the one with fewer requests in
@@ -166,7 +172,13 @@ impl Backend {
     /// Those that are not usable are left out, as long as enough are: below the panic threshold all
     /// take part, since the few that are left would fail under the load of all. So are those that
     /// have `failed` this request before, unless there is no other.
-    pub fn choose(&self, die: u64, now: Instant, failed: &[EndpointId]) -> Option<&Arc<Endpoint>> {
+    pub fn choose_within(
+        &self,
+        panic_threshold: Ratio,
+        die: u64,
+        now: Instant,
+        failed: &[EndpointId],
+    ) -> Option<&Arc<Endpoint>> {
         if self.disabled {
             return None;
         }
@@ -174,27 +186,28 @@ impl Backend {
             |endpoint: &Endpoint| endpoint.is_settled() && !failed.contains(&endpoint.id);
         match self.endpoints.as_slice() {
             [] => None,
-            [only] if only.is_usable() || self.panic_threshold > Ratio(0) => Some(only),
+            [only] if only.is_usable() || panic_threshold > Ratio(0) => Some(only),
             [_] => None,
             many => {
                 let (one, other) = two_of(many.len(), die);
                 if is_ready(&many[one]) && is_ready(&many[other]) {
                     Some(less_loaded(&many[one], &many[other]))
                 } else {
-                    self.choose_carefully(die, now, failed)
+                    self.choose_carefully(panic_threshold, die, now, failed)
                 }
             }
         }
     }
 
-    /// As [`choose`](Self::choose), looking at all endpoints.
+    /// As [`choose_within`](Self::choose_within), looking at all endpoints.
     fn choose_carefully(
         &self,
+        panic_threshold: Ratio,
         die: u64,
         now: Instant,
         failed: &[EndpointId],
     ) -> Option<&Arc<Endpoint>> {
-        let candidates = self.candidates();
+        let candidates = self.candidates(panic_threshold);
         let others = |endpoint: &&Arc<Endpoint>| !failed.contains(&endpoint.id);
         let untried: Vec<_> = candidates.iter().copied().filter(others).collect();
         let candidates = if untried.is_empty() {
@@ -222,20 +235,14 @@ impl Backend {
     }
 
     /// The endpoints that may be chosen.
-    fn candidates(&self) -> Vec<&Arc<Endpoint>> {
+    fn candidates(&self, panic_threshold: Ratio) -> Vec<&Arc<Endpoint>> {
         let usable = self.endpoints.iter().filter(|one| one.is_usable());
         let usable: Vec<_> = usable.collect();
-        if self.is_panicking(usable.len()) {
+        if is_panic(usable.len(), self.endpoints.len(), panic_threshold) {
             self.endpoints.iter().collect()
         } else {
             usable
         }
-    }
-
-    /// True when so few endpoints are usable that all of them get requests.
-    fn is_panicking(&self, usable: usize) -> bool {
-        let all = self.endpoints.len() as u64;
-        (usable as u64) * 1_000_000 < all * u64::from(self.panic_threshold.0)
     }
 }
 
@@ -315,6 +322,11 @@ impl HeaderEdits {
             headers.append(name.clone(), value.clone());
         }
     }
+}
+
+/// True when so few endpoints are usable that all of them get requests.
+fn is_panic(usable: usize, all: usize, threshold: Ratio) -> bool {
+    (usable as u64) * 1_000_000 < (all as u64) * u64::from(threshold.0)
 }
 
 fn less_loaded<'e>(one: &'e Arc<Endpoint>, other: &'e Arc<Endpoint>) -> &'e Arc<Endpoint> {
@@ -450,11 +462,17 @@ mod tests {
         assert!(backend.is_available());
         backend.disabled = true;
         assert!(choose(&backend, 0).is_none());
-        assert_eq!(backend.unavailability(), Some(Unavailability::Disabled));
+        assert_eq!(
+            backend.unavailability(backend.panic_threshold),
+            Some(Unavailability::Disabled)
+        );
         backend.disabled = false;
         backend.endpoints.clear();
         assert!(choose(&backend, 0).is_none());
-        assert_eq!(backend.unavailability(), Some(Unavailability::Empty));
+        assert_eq!(
+            backend.unavailability(backend.panic_threshold),
+            Some(Unavailability::Empty)
+        );
     }
 
     #[test]
@@ -484,7 +502,10 @@ mod tests {
                 endpoint.impede(Impediment::Unchecked);
             }
             assert!(choose(&backend, 0).is_none());
-            assert_eq!(backend.unavailability(), Some(Unavailability::Unhealthy));
+            assert_eq!(
+                backend.unavailability(backend.panic_threshold),
+                Some(Unavailability::Unhealthy)
+            );
             backend.endpoints[0].relieve(Impediment::Unchecked, Instant::now());
             let counts = draws(&backend, Instant::now(), &[]);
             assert_eq!(counts[0], 10_000);

@@ -307,7 +307,7 @@ fn explain_backends(route: &Route, user: Option<&str>) -> Vec<ExplainedBackend> 
             version: target.backend.version.to_string(),
             weight,
             share_percent: share.as_percent(),
-            available: target.backend.is_available(),
+            available: target.is_available(),
             user_enters_at_percent: enters(position).map(Ratio::as_percent),
         }
     };

@@ -242,7 +242,7 @@ impl Proxy {
         if let Some(translation) = &translation {
             exchange.becomes_translated_call(translation);
         }
-        let endpoint = backend
+        let endpoint = target
             .choose(self.roll(), exchange.started(), &[])
             .ok_or(ProxyError::NoEndpoint)?;
         let limit = route.body_limit(&origin, translation.is_some(), &body)?;

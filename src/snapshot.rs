@@ -19,6 +19,7 @@ use http::header::{COOKIE, HeaderName, HeaderValue};
 use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::backend::{
     Backend, ConnectionPolicy, Endpoint, EndpointId, EndpointKey, Endpoints, HeaderEdits,
@@ -32,7 +33,7 @@ use crate::limit::overload::{Overload, Priority};
 use crate::limit::rate::{RateLimit, Tallies};
 use crate::routing::gray::{Dice, Override, Rule, Step};
 use crate::routing::rescue::Rescue;
-use crate::routing::split::Split;
+use crate::routing::split::{Ratio, Split};
 use crate::routing::{BASELINE, Decision, Gray, Reason, RequestHead, RouteTable, Target, UserList};
 use crate::telemetry::access_log::{AccessLog, WorkerLog};
 use crate::telemetry::metrics::{Metrics, TargetLabels, TargetMetrics};
@@ -147,6 +148,10 @@ pub struct RouteTarget {
     pub version: HeaderValue,
     /// What its requests are counted under.
     pub metrics: Arc<TargetMetrics>,
+    /// With fewer than this part of the endpoints usable, all of them get requests; 0 for never, as it
+    /// is for every target but the baseline. A backend may be the baseline of one route and the canary
+    /// of another, whose users have somewhere else to go.
+    panic_threshold: Ratio,
 }
 
 /// Why another target gets a request than was decided.
@@ -180,6 +185,9 @@ pub struct Held {
     /// The worker's end of its access log.
     access_log: Option<Rc<WorkerLog>>,
 }
+
+/// The panic threshold of those who have somewhere else to go.
+const NEVER: Ratio = Ratio(0);
 
 /// Compiles a checked configuration. `lists` are its user lists in the order of the file, and
 /// `endpoints` those of each backend.
@@ -323,7 +331,12 @@ fn compile_route(
     let targets: Vec<RouteTarget> = route
         .targets
         .iter()
-        .map(|target| compile_target(route, target, &backends[target.backend], metrics))
+        .enumerate()
+        .map(|(position, target)| {
+            let is_baseline = position == BASELINE;
+            let backend = &backends[target.backend];
+            compile_target(route, target, backend, is_baseline, metrics)
+        })
         .collect();
     let gray = compile_gray(route, &targets, lists);
     Route {
@@ -404,6 +417,7 @@ fn compile_target(
     route: &config::Route,
     target: &config::RouteTarget,
     backend: &Arc<Backend>,
+    is_baseline: bool,
     metrics: &Metrics,
 ) -> RouteTarget {
     let labels = TargetLabels {
@@ -421,6 +435,11 @@ fn compile_target(
         backend: Arc::clone(backend),
         version: HeaderValue::from_str(&backend.version).unwrap_or(HeaderValue::from_static("")),
         metrics: metrics.target(&labels),
+        panic_threshold: if is_baseline {
+            backend.panic_threshold
+        } else {
+            NEVER
+        },
     }
 }
 
@@ -524,16 +543,36 @@ impl Route {
     /// Sends those to another target whose own takes no requests, and only them.
     pub fn fail_over(&self, decision: &mut Decision<'_>) -> Option<FailedOver> {
         let from = decision.target;
-        let cause = self.targets[from].backend.unavailability()?;
+        let cause = self.targets[from].unavailability()?;
         let to = match from {
             BASELINE => self.failover.from_baseline,
             _ => self.failover.to_baseline.then_some(BASELINE),
         };
         // From bad to worse helps nobody, but the baseline is where everybody belongs.
-        let is_better = |to: &Target| *to == BASELINE || self.targets[*to].backend.is_available();
+        let is_better = |to: &Target| *to == BASELINE || self.targets[*to].is_available();
         decision.target = to.filter(is_better)?;
         decision.reason = Reason::Failover;
         Some(FailedOver { from, cause })
+    }
+}
+
+// === impl RouteTarget ===
+
+impl RouteTarget {
+    /// True when it can take requests of this route at all.
+    pub fn is_available(&self) -> bool {
+        self.unavailability().is_none()
+    }
+
+    /// Why it takes no requests of this route; `None` when it does.
+    fn unavailability(&self) -> Option<Unavailability> {
+        self.backend.unavailability(self.panic_threshold)
+    }
+
+    /// Chooses an endpoint for one request of this route; see [`Backend::choose_within`].
+    pub fn choose(&self, die: u64, now: Instant, failed: &[EndpointId]) -> Option<&Arc<Endpoint>> {
+        let threshold = self.panic_threshold;
+        self.backend.choose_within(threshold, die, now, failed)
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::support::upstream::{read_head, serving};
-use crate::support::{Client, Proxy, Raw, Reply, Upstream, eventually, get, shop, single};
+use crate::support::{Client, Proxy, Raw, Reply, Upstream, eventually, explain, get, shop, single};
 
 const OVERRIDE: &str = "    gray: { override: { header: x-version } }\n";
 
@@ -111,6 +111,35 @@ async fn after_five_failures_the_canary_is_ejected_and_its_users_are_failed_over
         .lines()
         .find(|line| line.starts_with(healthy));
     assert!(line.unwrap().ends_with(" 0"), "{line:?}");
+}
+
+/// Its testers have a host where it is the baseline.
+#[tokio::test]
+async fn a_canary_with_a_route_of_its_own_is_ejected_from_the_others_all_the_same() {
+    let stable = Upstream::start("stable").await;
+    let own = "  - name: testers
+    hostnames: [testers.example]
+    backendRefs: [ { name: shop-canary } ]
+    retry: { attempts: 0 }
+";
+    let proxy = Proxy::start(&shop(stable.address, refusing().await, ALL, own));
+    for _ in 0..5 {
+        assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    }
+    eventually("it is ejected", || {
+        canary(&proxy, "serin_ejections_total", &[]) == 1.0
+    })
+    .await;
+    let failures = || canary(&proxy, "serin_upstream_errors_total", &[]);
+    let before = failures();
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    assert_eq!(failures(), before);
+    let explained = explain(&proxy, "a", "/").await;
+    assert_eq!(explained["backends"][1]["available"], false);
+    // Its testers have nowhere else to go.
+    let reply = get(proxy.address(), "/", &[("host", "testers.example")]).await;
+    assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
+    assert_eq!(failures(), before + 1.0);
 }
 
 #[tokio::test]
