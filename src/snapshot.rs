@@ -543,7 +543,8 @@ impl Route {
     /// Sends those to another target whose own takes no requests, and only them.
     pub fn fail_over(&self, decision: &mut Decision<'_>) -> Option<FailedOver> {
         let from = decision.target;
-        let cause = self.targets[from].unavailability()?;
+        // Also of a baseline that could go on with endpoints that are not well.
+        let cause = self.targets[from].backend.unavailability(NEVER)?;
         let to = match from {
             BASELINE => self.failover.from_baseline,
             _ => self.failover.to_baseline.then_some(BASELINE),
@@ -561,12 +562,8 @@ impl Route {
 impl RouteTarget {
     /// True when it can take requests of this route at all.
     pub fn is_available(&self) -> bool {
-        self.unavailability().is_none()
-    }
-
-    /// Why it takes no requests of this route; `None` when it does.
-    fn unavailability(&self) -> Option<Unavailability> {
-        self.backend.unavailability(self.panic_threshold)
+        let threshold = self.panic_threshold;
+        self.backend.unavailability(threshold).is_none()
     }
 
     /// Chooses an endpoint for one request of this route; see [`Backend::choose_within`].

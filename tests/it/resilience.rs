@@ -381,6 +381,33 @@ async fn the_baseline_is_replaced_only_if_the_configuration_says_by_what() {
 }
 
 #[tokio::test]
+async fn a_baseline_without_an_endpoint_that_is_well_is_replaced_as_well() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let check = "version: '1', healthCheck: { http: { path: /status/500 }, interval: 1h },";
+    let config = |rest| {
+        let config = shop(stable.address, canary.address, (1, 0), rest);
+        config.replace("version: '1',", check)
+    };
+    let proxy = Proxy::start(&config(""));
+    let failures = [("backend", "shop-stable"), ("result", "failure")];
+    eventually("it is asked", || {
+        proxy.metric("serin_health_checks_total", &failures) == 1.0
+    })
+    .await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    let failover = "    failover: { fromBaseline: shop-canary }\n";
+    proxy.replace(&config(failover)).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "canary");
+    // Two that are not well: the baseline goes on with what it has.
+    let disabled = config(failover).replace("version: '2',", "version: '2', disabled: true,");
+    proxy.replace(&disabled).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+}
+
+#[tokio::test]
 async fn a_baseline_whose_endpoints_all_fail_goes_on_with_all_of_them() {
     let (one, other) = (Upstream::start("one").await, Upstream::start("other").await);
     let both = format!("'{}', '{}'", one.address, other.address);
