@@ -170,8 +170,8 @@ impl Backend {
     /// when it takes no requests.
     ///
     /// Those that are not usable are left out, as long as enough are: below the panic threshold all
-    /// take part, since the few that are left would fail under the load of all. So are those that
-    /// have `failed` this request before, unless there is no other.
+    /// but new ones take part, since the few that are left would fail under the load of all. So are
+    /// those that have `failed` this request before, unless there is no other.
     pub fn choose_within(
         &self,
         panic_threshold: Ratio,
@@ -235,11 +235,19 @@ impl Backend {
     }
 
     /// The endpoints that may be chosen.
+    ///
+    /// New ones that have not passed a check yet are left out of everything, as long as there are
+    /// others: they do not make it a panic, and would not bear one.
     fn candidates(&self, panic_threshold: Ratio) -> Vec<&Arc<Endpoint>> {
-        let usable = self.endpoints.iter().filter(|one| one.is_usable());
+        let is_new = |one: &&Arc<Endpoint>| one.is_impeded_by(Impediment::Unchecked);
+        let mut all: Vec<_> = self.endpoints.iter().collect();
+        if !all.iter().all(is_new) {
+            all.retain(|one| !is_new(one));
+        }
+        let usable = all.iter().copied().filter(|one| one.is_usable());
         let usable: Vec<_> = usable.collect();
-        if is_panic(usable.len(), self.endpoints.len(), panic_threshold) {
-            self.endpoints.iter().collect()
+        if is_panic(usable.len(), all.len(), panic_threshold) {
+            all
         } else {
             usable
         }
@@ -491,6 +499,23 @@ mod tests {
             "{panic:?}"
         );
         assert!(backend.is_available());
+    }
+
+    #[test]
+    fn new_endpoints_are_no_reason_to_panic_and_get_nothing_by_it() {
+        let (backend, _) = backend(3);
+        let now = Instant::now();
+        for new in &backend.endpoints {
+            new.impede(Impediment::Unchecked);
+        }
+        assert!(draws(&backend, now, &[]).iter().all(|count| *count > 0));
+        backend.endpoints[0].relieve(Impediment::Unchecked, now);
+        assert_eq!(draws(&backend, now, &[]), [10_000, 0, 0]);
+        backend.endpoints[0].impede(Impediment::Ejected);
+        assert_eq!(draws(&backend, now, &[]), [10_000, 0, 0]);
+        backend.endpoints[1].relieve(Impediment::Unchecked, now);
+        let counts = draws(&backend, now, &[]);
+        assert_eq!(counts, [0, 10_000, 0]);
     }
 
     #[test]

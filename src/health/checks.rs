@@ -209,10 +209,8 @@ impl Checking {
                 info!(backend, endpoint, "endpoint is healthy");
             }
             Err(reason) if is_changed => {
+                // A new one stays a new one until it has been well for once.
                 self.asked.endpoint.impede(Impediment::Unhealthy);
-                self.asked
-                    .endpoint
-                    .relieve(Impediment::Unchecked, Instant::now());
                 warn!(backend, endpoint, reason, "endpoint is unhealthy");
             }
             Ok(()) => {}
