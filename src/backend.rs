@@ -20,7 +20,7 @@ use crate::proxy_protocol::Version;
 use crate::routing::split::Ratio;
 use crate::tls::client::ClientTls;
 
-pub use endpoint::{Endpoint, EndpointId, EndpointKey, Endpoints, Impediment, Lease};
+pub use endpoint::{Alarms, Endpoint, EndpointId, EndpointKey, Endpoints, Impediment, Lease};
 pub use gate::{Crowded, Gate, GateLimits};
 pub use health::HealthCheck;
 pub use outlier::OutlierPolicy;

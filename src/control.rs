@@ -12,9 +12,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 
+use crate::backend::Alarms;
 use crate::config::document::{Node, Path, Span};
 use crate::config::endpoints_file::LoadedEndpoints;
 use crate::config::load::{Loaded, LoadedList};
@@ -238,9 +239,9 @@ impl Control {
         Arc::clone(&self.sinks)
     }
 
-    /// Told when an endpoint has failed too often in a row.
-    pub fn alarm(&self) -> Arc<Notify> {
-        self.living.endpoints.alarm()
+    /// The endpoints that have failed too often in a row.
+    pub fn alarm(&self) -> Arc<Alarms> {
+        self.living.endpoints.alarms()
     }
 
     /// Where the status hangs.
@@ -463,7 +464,7 @@ impl Control {
             &mut self.living,
             &self.metrics,
         );
-        let is_current = |endpoint| next.connection_policy(endpoint).is_some();
+        let is_current = |endpoint| next.backend_of(endpoint).is_some();
         self.living.endpoints.retain(is_current);
         tokio::task::spawn_local(retire(self.live.publish(next)));
         self.living.tallies.prune();

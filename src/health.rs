@@ -1,7 +1,7 @@
 //! Takes endpoints out that are not well, and lets them in again: the one place that does.
 //!
-//! Two jobs on the control thread. [`Watch`] looks at what requests have counted, when one of them
-//! raises the alarm and regularly; [`checks`] asks endpoints whose backends say so. Neither publishes
+//! Two jobs on the control thread. [`Watch`] looks at what requests have counted, regularly, and at a
+//! single endpoint when one of them raises the alarm for it; [`checks`] asks endpoints whose backends say so. Neither publishes
 //! anything: an endpoint's state is read by every request that might go there.
 
 pub mod checks;
@@ -10,17 +10,15 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Notify;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use crate::backend::outlier::{Cause, most_ejected, outliers};
-use crate::backend::{Backend, Endpoint, Impediment, OutlierPolicy};
+use crate::backend::{Alarms, Backend, Endpoint, EndpointId, Impediment, OutlierPolicy};
 use crate::snapshot::{Live, Snapshot};
 use crate::telemetry::metrics::Metrics;
 
-/// How often endpoints are looked at though nobody raises the alarm: so much later than they may an
-/// ejection ends.
+/// How often all endpoints are looked at: so much later than it may does an ejection end.
 const TICK: Duration = Duration::from_millis(250);
 
 /// Ejects endpoints for what requests say of them.
@@ -28,7 +26,7 @@ const TICK: Duration = Duration::from_millis(250);
 pub struct Watch {
     live: Arc<Live>,
     metrics: Arc<Metrics>,
-    alarm: Arc<Notify>,
+    alarms: Arc<Alarms>,
     /// When the endpoints of a backend are compared next.
     compared: HashMap<Arc<str>, Instant>,
 }
@@ -37,22 +35,30 @@ pub struct Watch {
 
 impl Watch {
     /// Watches the endpoints of whatever snapshot is in force.
-    pub fn new(live: Arc<Live>, metrics: Arc<Metrics>, alarm: Arc<Notify>) -> Self {
+    pub fn new(live: Arc<Live>, metrics: Arc<Metrics>, alarms: Arc<Alarms>) -> Self {
         Self {
             live,
             metrics,
-            alarm,
+            alarms,
             compared: HashMap::new(),
         }
     }
 
     /// Watches for as long as it is polled.
     pub async fn run(mut self) {
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            // Whichever it is, everything is looked at.
-            let _ = timeout(TICK, self.alarm.notified()).await;
-            let snapshot = self.live.load();
-            self.look(&snapshot, Instant::now());
+            tokio::select! {
+                _ = ticks.tick() => self.look(&self.live.load(), Instant::now()),
+                // There may be thousands of endpoints, and failures are many: only those are looked at.
+                alarming = self.alarms.take() => {
+                    let snapshot = self.live.load();
+                    for endpoint in alarming {
+                        self.look_at(endpoint, &snapshot, Instant::now());
+                    }
+                }
+            }
         }
     }
 
@@ -60,7 +66,6 @@ impl Watch {
         for backend in &snapshot.backends {
             readmit(backend, now);
             if let Some(policy) = &backend.outliers {
-                self.eject_alarming(backend, policy, now);
                 self.compare(backend, policy, now);
             }
         }
@@ -68,11 +73,17 @@ impl Watch {
         self.compared.retain(|backend, _| names.contains(backend));
     }
 
-    fn eject_alarming(&self, backend: &Backend, policy: &OutlierPolicy, now: Instant) {
-        for endpoint in &backend.endpoints {
-            if endpoint.take_alarm() {
-                self.eject(backend, endpoint, policy, Cause::Consecutive, now);
-            }
+    /// Looks at one that has failed too often in a row.
+    fn look_at(&self, endpoint: EndpointId, snapshot: &Snapshot, now: Instant) {
+        let Some(backend) = snapshot.backend_of(endpoint) else {
+            return;
+        };
+        let mut endpoints = backend.endpoints.iter();
+        let endpoint = endpoints.find(|one| one.id == endpoint);
+        if let Some(endpoint) = endpoint.filter(|one| one.take_alarm())
+            && let Some(policy) = &backend.outliers
+        {
+            self.eject(backend, endpoint, policy, Cause::Consecutive, now);
         }
     }
 

@@ -65,7 +65,8 @@ pub struct Snapshot {
     /// Where a line for each request goes.
     pub access_log: Option<Arc<AccessLog>>,
     table: RouteTable,
-    connection_policies: HashMap<EndpointId, ConnectionPolicy>,
+    /// The backend of each endpoint.
+    homes: HashMap<EndpointId, Arc<Backend>>,
 }
 
 /// A listener.
@@ -247,13 +248,11 @@ pub fn compile(
                 ))
             })
             .collect(),
-        connection_policies: backends
+        homes: backends
             .iter()
             .flat_map(|backend| {
-                backend
-                    .endpoints
-                    .iter()
-                    .map(|endpoint| (endpoint.id, backend.connections))
+                let endpoints = backend.endpoints.iter();
+                endpoints.map(|endpoint| (endpoint.id, Arc::clone(backend)))
             })
             .collect(),
         backends,
@@ -521,7 +520,13 @@ impl Snapshot {
 
     /// How to connect to an endpoint; `None` when it is part of no backend any longer.
     pub fn connection_policy(&self, endpoint: EndpointId) -> Option<ConnectionPolicy> {
-        self.connection_policies.get(&endpoint).copied()
+        let backend = self.backend_of(endpoint)?;
+        Some(backend.connections)
+    }
+
+    /// The backend of an endpoint; `None` when it is part of none any longer.
+    pub fn backend_of(&self, endpoint: EndpointId) -> Option<&Arc<Backend>> {
+        self.homes.get(&endpoint)
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ pub struct Endpoint {
     /// Here and not with whoever ejects, so that nothing is ejected of which nobody knows until when.
     /// No request touches it.
     record: Mutex<Record>,
-    alarm: Arc<Notify>,
+    alarms: Arc<Alarms>,
 }
 
 /// Why an endpoint gets no requests.
@@ -64,6 +64,8 @@ struct Tally {
     consecutive_failures: AtomicU32,
     /// At so many of them the alarm is raised; 0 for never.
     alarm_at: AtomicU32,
+    /// It is raised, and nobody has looked yet.
+    is_alarming: AtomicBool,
     requests: AtomicU32,
     failures: AtomicU32,
     log_latency: AtomicU64,
@@ -83,7 +85,15 @@ pub struct Endpoints {
     known: HashMap<EndpointKey, Arc<Endpoint>>,
     gates: HashMap<Arc<str>, Arc<Gate>>,
     created: u64,
-    alarm: Arc<Notify>,
+    alarms: Arc<Alarms>,
+}
+
+/// The endpoints that have failed too often in a row, and that nobody has looked at yet.
+#[derive(Debug, Default)]
+pub struct Alarms {
+    raised: Mutex<Vec<EndpointId>>,
+    /// Told when there is one.
+    news: Notify,
 }
 
 /// What an endpoint is known by. With another name on its certificate, connections that stand say
@@ -212,8 +222,10 @@ impl Endpoint {
         }
     }
 
-    /// True when it has failed so often in a row that the alarm was raised; counting begins anew.
+    /// Somebody looks because of the alarm: true when it has failed so often in a row; counting then
+    /// begins anew.
     pub fn take_alarm(&self) -> bool {
+        self.tally.is_alarming.store(false, Ordering::Relaxed);
         let at = self.tally.alarm_at.load(Ordering::Relaxed);
         let failures = &self.tally.consecutive_failures;
         let is_raised = at > 0 && failures.load(Ordering::Relaxed) >= at;
@@ -285,8 +297,9 @@ impl Lease {
         tally.failures.fetch_add(1, Ordering::Relaxed);
         let failures = tally.consecutive_failures.fetch_add(1, Ordering::Relaxed) + 1;
         let alarm_at = tally.alarm_at.load(Ordering::Relaxed);
-        if alarm_at > 0 && failures >= alarm_at {
-            self.endpoint.alarm.notify_one();
+        if alarm_at > 0 && failures >= alarm_at && !tally.is_alarming.swap(true, Ordering::Relaxed)
+        {
+            self.endpoint.alarms.raise(self.endpoint.id);
         }
     }
 }
@@ -305,7 +318,7 @@ impl Endpoints {
     /// `has_checks` has to pass one first.
     pub fn get_or_create(&mut self, key: EndpointKey, has_checks: bool) -> Arc<Endpoint> {
         let gate = self.gate(&key.backend);
-        let (created, alarm) = (&mut self.created, &self.alarm);
+        let (created, alarms) = (&mut self.created, &self.alarms);
         let (address, certified) = (key.address, key.certified.clone());
         let endpoint = self.known.entry(key).or_insert_with(|| {
             *created += 1;
@@ -326,7 +339,7 @@ impl Endpoints {
                 born: Instant::now(),
                 tally: Tally::default(),
                 record: Mutex::default(),
-                alarm: Arc::clone(alarm),
+                alarms: Arc::clone(alarms),
             })
         });
         Arc::clone(endpoint)
@@ -338,9 +351,9 @@ impl Endpoints {
         Arc::clone(gate)
     }
 
-    /// Told when an endpoint has failed too often in a row.
-    pub fn alarm(&self) -> Arc<Notify> {
-        Arc::clone(&self.alarm)
+    /// Those that have failed too often in a row.
+    pub fn alarms(&self) -> Arc<Alarms> {
+        Arc::clone(&self.alarms)
     }
 
     /// Forgets the endpoints that are not current, and the gates that only this map still knows.
@@ -352,6 +365,30 @@ impl Endpoints {
     pub fn retain(&mut self, is_current: impl Fn(EndpointId) -> bool) {
         self.known.retain(|_, endpoint| is_current(endpoint.id));
         self.gates.retain(|_, gate| Arc::strong_count(gate) > 1);
+    }
+}
+
+// === impl Alarms ===
+
+impl Alarms {
+    /// Waits until there are any, and takes them.
+    pub async fn take(&self) -> Vec<EndpointId> {
+        loop {
+            let raised = std::mem::take(&mut *self.raised());
+            if !raised.is_empty() {
+                return raised;
+            }
+            self.news.notified().await;
+        }
+    }
+
+    fn raise(&self, endpoint: EndpointId) {
+        self.raised().push(endpoint);
+        self.news.notify_one();
+    }
+
+    fn raised(&self) -> MutexGuard<'_, Vec<EndpointId>> {
+        self.raised.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -413,11 +450,18 @@ mod tests {
             lease(&one).failed();
         }
         assert!(!one.take_alarm());
-        lease(&one).failed();
-        one.alarm.notified().await;
+        for _ in 0..3 {
+            lease(&one).failed();
+        }
+        // However often it has failed, there is one to be looked at.
+        assert_eq!(one.alarms.take().await, [one.id]);
         assert!(one.take_alarm() && !one.take_alarm());
+        for _ in 0..3 {
+            lease(&one).failed();
+        }
+        assert_eq!(one.alarms.take().await, [one.id]);
         let sample = one.take_sample();
-        assert_eq!((sample.requests, sample.failures), (6, 5));
+        assert_eq!((sample.requests, sample.failures), (11, 10));
         assert_eq!(one.take_sample(), Sample::default());
     }
 
