@@ -68,6 +68,8 @@ pub enum Unavailability {
     Empty,
     /// None of its endpoints is usable.
     Unhealthy,
+    /// All that are were let in again a moment ago: it takes only a part as yet.
+    SlowStart,
 }
 
 /// What is spoken with the endpoints of a backend, and over what.
@@ -158,6 +160,18 @@ impl Backend {
         } else {
             None
         }
+    }
+
+    /// The part of its requests that it should get at `now`, from 0 to 1: less than all of them as long as
+    /// every usable endpoint was let in again a moment ago. Among several, one that was not takes the
+    /// rest.
+    pub fn part(&self, now: Instant) -> f64 {
+        if self.endpoints.iter().any(|one| one.is_settled()) {
+            return 1.0;
+        }
+        let usable = self.endpoints.iter().filter(|one| one.is_usable());
+        let parts = usable.map(|one| one.part(now, self.slow_start));
+        parts.fold(0.0, f64::max)
     }
 
     /// As [`choose_within`](Self::choose_within), with the backend's own threshold.
@@ -258,7 +272,12 @@ impl Backend {
 
 impl Unavailability {
     /// All there are.
-    pub const ALL: [Self; 3] = [Self::Disabled, Self::Empty, Self::Unhealthy];
+    pub const ALL: [Self; 4] = [
+        Self::Disabled,
+        Self::Empty,
+        Self::Unhealthy,
+        Self::SlowStart,
+    ];
 
     /// The word for it.
     pub const fn as_str(self) -> &'static str {
@@ -266,6 +285,7 @@ impl Unavailability {
             Self::Disabled => "disabled",
             Self::Empty => "empty",
             Self::Unhealthy => "unhealthy",
+            Self::SlowStart => "slow_start",
         }
     }
 }
@@ -561,6 +581,24 @@ mod tests {
         assert!(part(0) < 100, "{}", part(0));
         assert!((2000..3000).contains(&part(5)), "{}", part(5));
         assert!((4500..5500).contains(&part(10)), "{}", part(10));
+    }
+
+    #[test]
+    fn a_backend_gets_its_part_by_and_by_where_no_endpoint_can_take_the_rest() {
+        let (backend, _) = backend(2);
+        let now = Instant::now();
+        let let_in_again = |endpoint: &Endpoint| {
+            endpoint.impede(Impediment::Ejected);
+            endpoint.relieve(Impediment::Ejected, now);
+        };
+        let part = |seconds| backend.part(now + Duration::from_secs(seconds));
+        let_in_again(&backend.endpoints[0]);
+        assert!(part(0) >= 1.0);
+        let_in_again(&backend.endpoints[1]);
+        assert!(part(0) < 0.01 && part(11) >= 1.0);
+        assert!((part(5) - 0.5).abs() < 0.01);
+        backend.endpoints[0].impede(Impediment::Unhealthy);
+        assert!((part(5) - 0.5).abs() < 0.01);
     }
 
     #[test]

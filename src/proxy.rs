@@ -452,7 +452,10 @@ impl Proxy {
         let refusal = || ProxyError::TransferCoding;
         headers::refuse_transfer_coding(&parts.headers, *survey, refusal)?;
         headers::refuse_ambiguous(&parts.headers, *survey, &route.guarded_headers)?;
-        let (decision, failed_over) = route.decide(&head, origin.trusted, &mut || self.roll());
+        let (decision, failed_over) =
+            route.decide(&head, origin.trusted, exchange.started(), &mut || {
+                self.roll()
+            });
         admission::limit_rate(route, &head, &decision, exchange)?;
         exchange.decided(route, &decision, failed_over);
         Ok(Decided {

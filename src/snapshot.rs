@@ -20,6 +20,7 @@ use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::backend::{
     Backend, ConnectionPolicy, Endpoint, EndpointId, EndpointKey, Endpoints, HeaderEdits,
@@ -189,6 +190,9 @@ pub struct Held {
 
 /// The panic threshold of those who have somewhere else to go.
 const NEVER: Ratio = Ratio(0);
+
+/// Tells the hash that says when users come back from those that say where they belong.
+const TURNS: u64 = 0x7475_726e;
 
 /// Compiles a checked configuration. `lists` are its user lists in the order of the file, and
 /// `endpoints` those of each backend.
@@ -538,28 +542,63 @@ impl Route {
         &'a self,
         head: &RequestHead<'a>,
         trusted: bool,
+        now: Instant,
         dice: Dice<'_>,
     ) -> (Decision<'a>, Option<FailedOver>) {
         let mut decision = self.gray.decide(head, trusted, dice);
-        let failed_over = self.fail_over(&mut decision);
+        let failed_over = self.fail_over(&mut decision, now, dice);
         (decision, failed_over)
     }
 
     /// Sends those to another target whose own takes no requests, and only them.
-    pub fn fail_over(&self, decision: &mut Decision<'_>) -> Option<FailedOver> {
+    pub fn fail_over(
+        &self,
+        decision: &mut Decision<'_>,
+        now: Instant,
+        dice: Dice<'_>,
+    ) -> Option<FailedOver> {
         let from = decision.target;
-        // Also of a baseline that could go on with endpoints that are not well.
-        let cause = self.targets[from].backend.unavailability(NEVER)?;
+        let cause = self.unavailability(decision, now, dice)?;
         let to = match from {
             BASELINE => self.failover.from_baseline,
             _ => self.failover.to_baseline.then_some(BASELINE),
         };
         // From bad to worse helps nobody, but the baseline is where everybody belongs.
-        let is_better = |to: &Target| *to == BASELINE || self.targets[*to].is_available();
+        let is_forced = |to: &Target| *to == BASELINE && cause != Unavailability::SlowStart;
+        let is_better = |to: &Target| is_forced(to) || self.targets[*to].is_available();
         decision.target = to.filter(is_better)?;
         decision.reason = Reason::Failover;
         Some(FailedOver { from, cause })
     }
+
+    /// Why a request should not go where it was decided to go; `None` if it should.
+    fn unavailability(
+        &self,
+        decision: &Decision<'_>,
+        now: Instant,
+        dice: Dice<'_>,
+    ) -> Option<Unavailability> {
+        let backend = &self.targets[decision.target].backend;
+        // Also of a baseline that could go on with endpoints that are not well.
+        let cause = backend.unavailability(NEVER);
+        cause.or_else(|| {
+            // There is nobody else who could take the rest of a baseline's.
+            let is_whole = decision.target == BASELINE || backend.part(now) >= 1.0;
+            let is_early = !is_whole && backend.part(now) <= turn(decision, dice);
+            is_early.then_some(Unavailability::SlowStart)
+        })
+    }
+}
+
+/// When a request comes back to a target in slow start, as the part that the target then has: that of a
+/// user is always the same, so that he moves once.
+fn turn(decision: &Decision<'_>, dice: Dice<'_>) -> f64 {
+    let identity = decision.identity.as_ref();
+    let die = match identity {
+        Some(identity) => xxh3_64_with_seed(identity.value.as_bytes(), TURNS),
+        None => dice(),
+    };
+    die as f64 / u64::MAX as f64
 }
 
 // === impl RouteTarget ===

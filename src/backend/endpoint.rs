@@ -141,6 +141,7 @@ impl Endpoint {
     pub(super) fn part(&self, now: Instant, slow_start: Duration) -> f64 {
         match self.readmitted.load(Ordering::Relaxed) {
             0 => 1.0,
+            _ if slow_start.is_zero() => 1.0,
             since => {
                 let age = self.age(now).saturating_sub(since) as f64 / 1e3;
                 (age / slow_start.as_secs_f64().max(1e-3)).min(1.0)

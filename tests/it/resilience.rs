@@ -168,6 +168,31 @@ async fn an_ejection_ends_and_requests_come_back() {
 }
 
 #[tokio::test]
+async fn users_come_back_by_and_by_to_a_canary_of_one_endpoint() {
+    let (stable, only) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let config = |slow_start: &str| {
+        let own = format!(
+            "version: '2', slowStart: {slow_start}, outlierDetection: {{ consecutiveFailures: 1, ejection: 100ms }},"
+        );
+        shop(stable.address, only.address, ALL, "").replace("version: '2',", &own)
+    };
+    let proxy = Proxy::start(&config("1000h"));
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "canary");
+    send(&proxy, Method::GET, "/status/500").await;
+    let is_in = || proxy.app().live().load().backends[1].is_available();
+    eventually("it is ejected", || !is_in()).await;
+    eventually("it is let in again", is_in).await;
+    let failovers = [("cause", "slow_start")];
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    assert_eq!(canary(&proxy, "serin_failovers_total", &failovers), 1.0);
+    proxy.replace(&config("1ms")).await;
+    while send(&proxy, Method::GET, "/").await.text() != "canary" {}
+}
+
+#[tokio::test]
 async fn an_endpoint_that_was_ejected_leaves_and_comes_back_gets_requests() {
     let (stable, canary) = (
         Upstream::start("stable").await,
