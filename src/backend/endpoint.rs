@@ -238,9 +238,12 @@ impl Endpoint {
 
     /// What has been counted since the last time.
     pub fn take_sample(&self) -> Sample {
+        // A request that is being counted may be in one of them and not in the other yet.
+        let failures = self.tally.failures.swap(0, Ordering::Relaxed);
+        let requests = self.tally.requests.swap(0, Ordering::Relaxed);
         Sample {
-            requests: self.tally.requests.swap(0, Ordering::Relaxed),
-            failures: self.tally.failures.swap(0, Ordering::Relaxed),
+            requests,
+            failures: failures.min(requests),
             log_latency: self.tally.log_latency.swap(0, Ordering::Relaxed),
         }
     }
@@ -464,6 +467,15 @@ mod tests {
         let sample = one.take_sample();
         assert_eq!((sample.requests, sample.failures), (11, 10));
         assert_eq!(one.take_sample(), Sample::default());
+    }
+
+    #[test]
+    fn a_sample_has_no_more_failures_than_requests() {
+        let one = endpoint(false);
+        // Its request was in the sample before.
+        one.tally.failures.store(1, Ordering::Relaxed);
+        let sample = one.take_sample();
+        assert_eq!((sample.requests, sample.failures), (0, 0));
     }
 
     #[test]

@@ -94,7 +94,7 @@ impl Sample {
     }
 
     fn answered(self) -> u32 {
-        self.requests - self.failures
+        self.requests.saturating_sub(self.failures)
     }
 
     fn failure_share(self) -> f64 {
