@@ -65,8 +65,9 @@ impl Watch {
     fn look(&mut self, snapshot: &Snapshot, now: Instant) {
         for backend in &snapshot.backends {
             readmit(backend, now);
-            if let Some(policy) = &backend.outliers {
-                self.compare(backend, policy, now);
+            match &backend.outliers {
+                Some(policy) => self.compare(backend, policy, now),
+                None => drop(self.compared.remove(&backend.name)),
             }
         }
         let names: HashSet<_> = snapshot.backends.iter().map(|one| &one.name).collect();
@@ -88,20 +89,18 @@ impl Watch {
     }
 
     fn compare(&mut self, backend: &Backend, policy: &OutlierPolicy, now: Instant) {
-        let name = &backend.name;
-        let due = self
-            .compared
-            .entry(Arc::clone(name))
-            .or_insert(now + policy.interval);
-        if now < *due {
+        let due = self.compared.get(&backend.name).copied();
+        if due.is_some_and(|due| now < due) {
             return;
         }
-        *due = now + policy.interval;
-        let samples: Vec<_> = backend
-            .endpoints
-            .iter()
-            .map(|one| one.take_sample())
-            .collect();
+        let next = now + policy.interval;
+        self.compared.insert(Arc::clone(&backend.name), next);
+        let endpoints = backend.endpoints.iter();
+        let samples: Vec<_> = endpoints.map(|one| one.take_sample()).collect();
+        // What was counted while nobody compared may be hours old.
+        if due.is_none() {
+            return;
+        }
         for endpoint in &backend.endpoints {
             endpoint.forgive();
         }
@@ -150,5 +149,73 @@ fn readmit(backend: &Backend, now: Instant) {
             let (backend, endpoint) = (&*backend.name, &*endpoint.authority);
             info!(backend, endpoint, "endpoint gets requests again");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::config::load::{load_list, load_text};
+    use crate::control::offline_snapshot;
+
+    use super::*;
+
+    const CONFIG: &str = "
+listeners: [ { name: web, address: '127.0.0.1:0' } ]
+backends: [ { name: shop, version: '1', endpoints: ['127.0.0.1:1', '127.0.0.1:2'] } ]
+routes: [ { name: shop, backendRefs: [ { name: shop } ] } ]
+";
+
+    fn watch() -> Watch {
+        let loaded = load_text(Path::new("serin.yaml"), CONFIG, &mut load_list).unwrap();
+        let live = Live::new(offline_snapshot(&loaded));
+        let metrics = Arc::new(Metrics::new(&[], 1));
+        Watch::new(live, metrics, Arc::default())
+    }
+
+    /// The first endpoint fails so often, while the other one answers.
+    fn count(backend: &Backend, requests: usize) {
+        let lease = |position: usize| {
+            let pass = backend.gate.try_enter(&backend.gate_limits).unwrap();
+            backend.endpoints[position].lease(pass)
+        };
+        for _ in 0..requests {
+            lease(0).failed();
+            lease(1).answered(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn what_was_counted_while_nobody_compared_is_not_judged() {
+        let mut watch = watch();
+        let snapshot = watch.live.load();
+        let backend = &snapshot.backends[0];
+        let is_ejected = || backend.endpoints[0].is_impeded_by(Impediment::Ejected);
+        let interval = backend.outliers.unwrap().interval;
+        let start = Instant::now();
+        count(backend, 1000);
+        watch.look(&snapshot, start);
+        watch.look(&snapshot, start + interval);
+        assert!(!is_ejected());
+        count(backend, 1000);
+        watch.look(&snapshot, start + interval);
+        assert!(!is_ejected());
+        watch.look(&snapshot, start + interval * 2);
+        assert!(is_ejected());
+    }
+
+    #[test]
+    fn an_alarm_is_about_one_endpoint() {
+        let watch = watch();
+        let snapshot = watch.live.load();
+        let backend = &snapshot.backends[0];
+        count(backend, 10);
+        let now = Instant::now();
+        let [failing, fine] = [0, 1].map(|position| &backend.endpoints[position]);
+        watch.look_at(fine.id, &snapshot, now);
+        assert!(failing.is_usable() && fine.is_usable());
+        watch.look_at(failing.id, &snapshot, now);
+        assert!(!failing.is_usable() && fine.is_usable());
     }
 }

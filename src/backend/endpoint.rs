@@ -198,6 +198,7 @@ impl Endpoint {
     pub fn pardon(&self, now: Instant) -> bool {
         let is_ejected = self.is_impeded_by(Impediment::Ejected);
         if is_ejected {
+            self.record().pardon();
             self.relieve(Impediment::Ejected, now);
         }
         is_ejected
@@ -467,6 +468,26 @@ mod tests {
         let sample = one.take_sample();
         assert_eq!((sample.requests, sample.failures), (11, 10));
         assert_eq!(one.take_sample(), Sample::default());
+    }
+
+    #[test]
+    fn what_was_pardoned_is_forgiven_like_everything_else() {
+        let one = endpoint(false);
+        let policy = OutlierPolicy {
+            consecutive: None,
+            interval: Duration::from_secs(10),
+            ejection: Duration::from_secs(30),
+            longest_ejection: Duration::from_secs(300),
+            most_ejected: crate::routing::split::Ratio(1_000_000),
+            least_requests: 100,
+            failure_excess: None,
+            latency_factor: None,
+        };
+        one.eject(one.born, &policy);
+        assert!(!one.readmit(one.born) && one.pardon(one.born));
+        assert!(one.is_usable() && !one.pardon(one.born));
+        one.forgive();
+        assert_eq!(*one.record(), Record::default());
     }
 
     #[test]

@@ -127,6 +127,11 @@ impl Record {
         is_over
     }
 
+    /// Its ejection is over, whenever it would have been.
+    pub fn pardon(&mut self) {
+        self.until = None;
+    }
+
     /// It has got through an interval: one of its ejections is forgotten.
     pub fn forgive(&mut self) {
         if self.until.is_none() {
