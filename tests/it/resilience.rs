@@ -562,6 +562,62 @@ async fn an_endpoint_that_comes_back_is_asked_again_before_it_gets_requests() {
 }
 
 #[tokio::test]
+async fn a_health_check_says_which_statuses_are_good() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let config = |statuses: &str| {
+        let own = format!(
+            "version: '2', healthCheck: {{ http: {{ path: /status/404, statuses: [{statuses}] }}, interval: 20ms, unhealthyAfter: 1, healthyAfter: 1 }},"
+        );
+        shop(stable.address, canary.address, ALL, "").replace("version: '2',", &own)
+    };
+    let proxy = Proxy::start(&config("204, 404"));
+    let is_in = || proxy.app().live().load().backends[1].is_available();
+    eventually("404 is good", is_in).await;
+    proxy.replace(&config("200")).await;
+    eventually("404 is bad", || !is_in()).await;
+    proxy.replace(&config("404")).await;
+    eventually("404 is good again", is_in).await;
+    // Where nothing is said, a success is.
+    proxy.replace(&config("")).await;
+    eventually("404 is no success", || !is_in()).await;
+}
+
+#[tokio::test]
+async fn below_the_panic_threshold_all_endpoints_of_a_baseline_get_requests() {
+    let (one, other) = (Upstream::start("one").await, Upstream::start("other").await);
+    let both = format!("'{}', '{}'", one.address, other.address);
+    let config = |percent: u32| {
+        let own = format!(
+            "version: '1', panicThresholdPercent: {percent}, outlierDetection: {{ consecutiveFailures: 1, maxEjectedPercent: 100, ejection: 1h }},"
+        );
+        single(one.address, "    retry: { attempts: 0 }\n")
+            .replace(&format!("'{}'", one.address), &both)
+            .replace("version: '1',", &own)
+    };
+    let proxy = Proxy::start(&config(50));
+    let ejected = || proxy.metric("serin_ejections_total", &[("backend", "only")]);
+    send(&proxy, Method::GET, "/status/500").await;
+    eventually("one is ejected", || ejected() == 1.0).await;
+    // A half is not less than a half.
+    let well = send(&proxy, Method::GET, "/").await;
+    for _ in 0..20 {
+        assert_eq!(send(&proxy, Method::GET, "/").await.text(), well.text());
+    }
+    proxy.replace(&config(51)).await;
+    while send(&proxy, Method::GET, "/").await.text() == well.text() {}
+    proxy.replace(&config(0)).await;
+    send(&proxy, Method::GET, "/status/500").await;
+    eventually("both are ejected", || ejected() == 2.0).await;
+    let reply = send(&proxy, Method::GET, "/").await;
+    assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
+    proxy.replace(&config(1)).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.status, StatusCode::OK);
+}
+
+#[tokio::test]
 async fn without_checks_nothing_of_them_stays() {
     let (stable, canary) = (
         Upstream::start("stable").await,
