@@ -19,6 +19,7 @@ use serin::routing::split::Split;
 use serin::routing::user_list::{Format, UserList};
 use serin::snapshot::{Living, Revision, compile};
 use serin::telemetry::metrics::Metrics;
+use tokio::time::Instant;
 
 /// A configuration with so many routes, each with a host of its own, two versions and a rule.
 fn config(routes: usize) -> Config {
@@ -103,6 +104,7 @@ fn route_and_decide(criterion: &mut Criterion) {
             headers: &headers,
             client: Ipv4Addr::LOCALHOST.into(),
         };
+        let now = Instant::now();
         group.bench_function(BenchmarkId::new("find", routes), |bencher| {
             bencher.iter(|| {
                 let (route, _) = snapshot.find(black_box(&head)).expect("a route takes it");
@@ -112,7 +114,7 @@ fn route_and_decide(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("find_and_decide", routes), |bencher| {
             bencher.iter(|| {
                 let (route, _) = snapshot.find(black_box(&head)).expect("a route takes it");
-                route.decide(&head, false, &mut || 7).0.target
+                route.decide(&head, false, now, &mut || 7).0.target
             });
         });
     }

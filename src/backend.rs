@@ -20,7 +20,7 @@ use crate::proxy_protocol::Version;
 use crate::routing::split::Ratio;
 use crate::tls::client::ClientTls;
 
-pub use endpoint::{Endpoint, EndpointId, EndpointKey, Endpoints, Impediment, Lease};
+pub use endpoint::{Alarms, Endpoint, EndpointId, EndpointKey, Endpoints, Impediment, Lease};
 pub use gate::{Crowded, Gate, GateLimits};
 pub use health::HealthCheck;
 pub use outlier::OutlierPolicy;
@@ -54,7 +54,8 @@ pub struct Backend {
     pub outliers: Option<OutlierPolicy>,
     /// How long one takes that was let in again to get its full part of the requests.
     pub slow_start: Duration,
-    /// With fewer than this part of its endpoints usable, all of them get requests; 0 for never.
+    /// With fewer than this part of its endpoints usable, all of them get the requests of the routes
+    /// whose baseline it is; 0 for never.
     pub panic_threshold: Ratio,
 }
 
@@ -67,6 +68,8 @@ pub enum Unavailability {
     Empty,
     /// None of its endpoints is usable.
     Unhealthy,
+    /// All that are were let in again a moment ago: it takes only a part as yet.
+    SlowStart,
 }
 
 /// What is spoken with the endpoints of a backend, and over what.
@@ -141,16 +144,16 @@ pub struct HeaderEdits {
 impl Backend {
     /// True when it can take requests at all.
     pub fn is_available(&self) -> bool {
-        self.unavailability().is_none()
+        self.unavailability(self.panic_threshold).is_none()
     }
 
-    /// Why it takes no requests; `None` when it does.
-    pub fn unavailability(&self) -> Option<Unavailability> {
+    /// Why it takes no requests for which this is the panic threshold; `None` when it does.
+    pub fn unavailability(&self, panic_threshold: Ratio) -> Option<Unavailability> {
         if self.disabled {
             Some(Unavailability::Disabled)
         } else if self.endpoints.is_empty() {
             Some(Unavailability::Empty)
-        } else if self.panic_threshold == Ratio(0)
+        } else if panic_threshold == Ratio(0)
             && !self.endpoints.iter().any(|endpoint| endpoint.is_usable())
         {
             Some(Unavailability::Unhealthy)
@@ -159,14 +162,37 @@ impl Backend {
         }
     }
 
+    /// The part of its requests that it should get at `now`, from 0 to 1: less than all of them as long as
+    /// every usable endpoint was let in again a moment ago. Among several, one that was not takes the
+    /// rest.
+    pub fn part(&self, now: Instant) -> f64 {
+        if self.endpoints.iter().any(|one| one.is_settled()) {
+            return 1.0;
+        }
+        let usable = self.endpoints.iter().filter(|one| one.is_usable());
+        let parts = usable.map(|one| one.part(now, self.slow_start));
+        parts.fold(0.0, f64::max)
+    }
+
+    /// As [`choose_within`](Self::choose_within), with the backend's own threshold.
+    pub fn choose(&self, die: u64, now: Instant, failed: &[EndpointId]) -> Option<&Arc<Endpoint>> {
+        self.choose_within(self.panic_threshold, die, now, failed)
+    }
+
     /// Chooses an endpoint for one request: of two drawn by lot the one with fewer requests in
     /// flight (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001). `None`
     /// when it takes no requests.
     ///
     /// Those that are not usable are left out, as long as enough are: below the panic threshold all
-    /// take part, since the few that are left would fail under the load of all. So are those that
-    /// have `failed` this request before, unless there is no other.
-    pub fn choose(&self, die: u64, now: Instant, failed: &[EndpointId]) -> Option<&Arc<Endpoint>> {
+    /// but new ones take part, since the few that are left would fail under the load of all. So are
+    /// those that have `failed` this request before, unless there is no other.
+    pub fn choose_within(
+        &self,
+        panic_threshold: Ratio,
+        die: u64,
+        now: Instant,
+        failed: &[EndpointId],
+    ) -> Option<&Arc<Endpoint>> {
         if self.disabled {
             return None;
         }
@@ -174,27 +200,28 @@ impl Backend {
             |endpoint: &Endpoint| endpoint.is_settled() && !failed.contains(&endpoint.id);
         match self.endpoints.as_slice() {
             [] => None,
-            [only] if only.is_usable() || self.panic_threshold > Ratio(0) => Some(only),
+            [only] if only.is_usable() || panic_threshold > Ratio(0) => Some(only),
             [_] => None,
             many => {
                 let (one, other) = two_of(many.len(), die);
                 if is_ready(&many[one]) && is_ready(&many[other]) {
                     Some(less_loaded(&many[one], &many[other]))
                 } else {
-                    self.choose_carefully(die, now, failed)
+                    self.choose_carefully(panic_threshold, die, now, failed)
                 }
             }
         }
     }
 
-    /// As [`choose`](Self::choose), looking at all endpoints.
+    /// As [`choose_within`](Self::choose_within), looking at all endpoints.
     fn choose_carefully(
         &self,
+        panic_threshold: Ratio,
         die: u64,
         now: Instant,
         failed: &[EndpointId],
     ) -> Option<&Arc<Endpoint>> {
-        let candidates = self.candidates();
+        let candidates = self.candidates(panic_threshold);
         let others = |endpoint: &&Arc<Endpoint>| !failed.contains(&endpoint.id);
         let untried: Vec<_> = candidates.iter().copied().filter(others).collect();
         let candidates = if untried.is_empty() {
@@ -222,20 +249,22 @@ impl Backend {
     }
 
     /// The endpoints that may be chosen.
-    fn candidates(&self) -> Vec<&Arc<Endpoint>> {
-        let usable = self.endpoints.iter().filter(|one| one.is_usable());
+    ///
+    /// New ones that have not passed a check yet are left out of everything, as long as there are
+    /// others: they do not make it a panic, and would not bear one.
+    fn candidates(&self, panic_threshold: Ratio) -> Vec<&Arc<Endpoint>> {
+        let is_new = |one: &&Arc<Endpoint>| one.is_impeded_by(Impediment::Unchecked);
+        let mut all: Vec<_> = self.endpoints.iter().collect();
+        if !all.iter().all(is_new) {
+            all.retain(|one| !is_new(one));
+        }
+        let usable = all.iter().copied().filter(|one| one.is_usable());
         let usable: Vec<_> = usable.collect();
-        if self.is_panicking(usable.len()) {
-            self.endpoints.iter().collect()
+        if is_panic(usable.len(), all.len(), panic_threshold) {
+            all
         } else {
             usable
         }
-    }
-
-    /// True when so few endpoints are usable that all of them get requests.
-    fn is_panicking(&self, usable: usize) -> bool {
-        let all = self.endpoints.len() as u64;
-        (usable as u64) * 1_000_000 < all * u64::from(self.panic_threshold.0)
     }
 }
 
@@ -243,7 +272,12 @@ impl Backend {
 
 impl Unavailability {
     /// All there are.
-    pub const ALL: [Self; 3] = [Self::Disabled, Self::Empty, Self::Unhealthy];
+    pub const ALL: [Self; 4] = [
+        Self::Disabled,
+        Self::Empty,
+        Self::Unhealthy,
+        Self::SlowStart,
+    ];
 
     /// The word for it.
     pub const fn as_str(self) -> &'static str {
@@ -251,6 +285,7 @@ impl Unavailability {
             Self::Disabled => "disabled",
             Self::Empty => "empty",
             Self::Unhealthy => "unhealthy",
+            Self::SlowStart => "slow_start",
         }
     }
 }
@@ -315,6 +350,11 @@ impl HeaderEdits {
             headers.append(name.clone(), value.clone());
         }
     }
+}
+
+/// True when so few endpoints are usable that all of them get requests.
+fn is_panic(usable: usize, all: usize, threshold: Ratio) -> bool {
+    (usable as u64) * 1_000_000 < (all as u64) * u64::from(threshold.0)
 }
 
 fn less_loaded<'e>(one: &'e Arc<Endpoint>, other: &'e Arc<Endpoint>) -> &'e Arc<Endpoint> {
@@ -450,11 +490,17 @@ mod tests {
         assert!(backend.is_available());
         backend.disabled = true;
         assert!(choose(&backend, 0).is_none());
-        assert_eq!(backend.unavailability(), Some(Unavailability::Disabled));
+        assert_eq!(
+            backend.unavailability(backend.panic_threshold),
+            Some(Unavailability::Disabled)
+        );
         backend.disabled = false;
         backend.endpoints.clear();
         assert!(choose(&backend, 0).is_none());
-        assert_eq!(backend.unavailability(), Some(Unavailability::Empty));
+        assert_eq!(
+            backend.unavailability(backend.panic_threshold),
+            Some(Unavailability::Empty)
+        );
     }
 
     #[test]
@@ -476,6 +522,23 @@ mod tests {
     }
 
     #[test]
+    fn new_endpoints_are_no_reason_to_panic_and_get_nothing_by_it() {
+        let (backend, _) = backend(3);
+        let now = Instant::now();
+        for new in &backend.endpoints {
+            new.impede(Impediment::Unchecked);
+        }
+        assert!(draws(&backend, now, &[]).iter().all(|count| *count > 0));
+        backend.endpoints[0].relieve(Impediment::Unchecked, now);
+        assert_eq!(draws(&backend, now, &[]), [10_000, 0, 0]);
+        backend.endpoints[0].impede(Impediment::Ejected);
+        assert_eq!(draws(&backend, now, &[]), [10_000, 0, 0]);
+        backend.endpoints[1].relieve(Impediment::Unchecked, now);
+        let counts = draws(&backend, now, &[]);
+        assert_eq!(counts, [0, 10_000, 0]);
+    }
+
+    #[test]
     fn without_a_panic_threshold_a_backend_may_have_nobody_left() {
         for endpoints in [1, 3] {
             let (mut backend, _) = backend(endpoints);
@@ -484,7 +547,10 @@ mod tests {
                 endpoint.impede(Impediment::Unchecked);
             }
             assert!(choose(&backend, 0).is_none());
-            assert_eq!(backend.unavailability(), Some(Unavailability::Unhealthy));
+            assert_eq!(
+                backend.unavailability(backend.panic_threshold),
+                Some(Unavailability::Unhealthy)
+            );
             backend.endpoints[0].relieve(Impediment::Unchecked, Instant::now());
             let counts = draws(&backend, Instant::now(), &[]);
             assert_eq!(counts[0], 10_000);
@@ -518,11 +584,28 @@ mod tests {
     }
 
     #[test]
-    fn endpoints_live_on_as_long_as_a_snapshot_names_them() {
-        let (mut backend, mut known) = backend(2);
-        let kept = backend.endpoints[0].id;
-        let gone = backend.endpoints.remove(1).id;
-        known.prune();
+    fn a_backend_gets_its_part_by_and_by_where_no_endpoint_can_take_the_rest() {
+        let (backend, _) = backend(2);
+        let now = Instant::now();
+        let let_in_again = |endpoint: &Endpoint| {
+            endpoint.impede(Impediment::Ejected);
+            endpoint.relieve(Impediment::Ejected, now);
+        };
+        let part = |seconds| backend.part(now + Duration::from_secs(seconds));
+        let_in_again(&backend.endpoints[0]);
+        assert!(part(0) >= 1.0);
+        let_in_again(&backend.endpoints[1]);
+        assert!(part(0) < 0.01 && part(11) >= 1.0);
+        assert!((part(5) - 0.5).abs() < 0.01);
+        backend.endpoints[0].impede(Impediment::Unhealthy);
+        assert!((part(5) - 0.5).abs() < 0.01);
+    }
+
+    #[test]
+    fn endpoints_live_on_as_long_as_they_are_current() {
+        let (backend, mut known) = backend(2);
+        let [kept, gone] = [0, 1].map(|position| backend.endpoints[position].id);
+        known.retain(|endpoint| endpoint == kept);
         let name: Arc<str> = "shop".into();
         assert_eq!(known.get_or_create(key(&name, 1), false).id, kept);
         let another = known.get_or_create(key(&name, 2), false);

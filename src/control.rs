@@ -12,9 +12,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 
+use crate::backend::Alarms;
 use crate::config::document::{Node, Path, Span};
 use crate::config::endpoints_file::LoadedEndpoints;
 use crate::config::load::{Loaded, LoadedList};
@@ -251,9 +252,9 @@ impl Control {
         Arc::clone(&self.sinks)
     }
 
-    /// Told when an endpoint has failed too often in a row.
-    pub fn alarm(&self) -> Arc<Notify> {
-        self.living.endpoints.alarm()
+    /// The endpoints that have failed too often in a row.
+    pub fn alarm(&self) -> Arc<Alarms> {
+        self.living.endpoints.alarms()
     }
 
     /// Where the status hangs.
@@ -477,8 +478,9 @@ impl Control {
             access_log: self.access_log.as_ref(),
         };
         let next = open.with(next);
+        let is_current = |endpoint| next.backend_of(endpoint).is_some();
+        self.living.endpoints.retain(is_current);
         tokio::task::spawn_local(retire(self.live.publish(next)));
-        self.living.endpoints.prune();
         self.living.tallies.prune();
         let listeners = &loaded.config.listeners;
         let is_open = |address| listeners.iter().any(|open| open.address == address);

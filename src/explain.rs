@@ -8,6 +8,7 @@ use http::request::Parts;
 use http::{Method, Request, Uri};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Serialize;
+use tokio::time::Instant;
 
 use crate::limit::key::Caller;
 use crate::limit::rate::RateLimit;
@@ -238,7 +239,7 @@ pub fn explain(
         };
     }
     let mut decision = route.gray.decide(&head, question.trusted, dice);
-    let failed_over = route.fail_over(&mut decision);
+    let failed_over = route.fail_over(&mut decision, Instant::now(), dice);
     let identity = decision
         .identity
         .as_ref()
@@ -307,7 +308,7 @@ fn explain_backends(route: &Route, user: Option<&str>) -> Vec<ExplainedBackend> 
             version: target.backend.version.to_string(),
             weight,
             share_percent: share.as_percent(),
-            available: target.backend.is_available(),
+            available: target.is_available(),
             user_enters_at_percent: enters(position).map(Ratio::as_percent),
         }
     };
@@ -365,7 +366,9 @@ impl ExplainedDecision {
                     .failed_over_from
                     .as_deref()
                     .unwrap_or("another backend");
-                format!("failover: {from} was decided on, but takes no requests")
+                format!(
+                    "failover: {from} was decided on, but takes no requests, or not all of them yet"
+                )
             }
             (reason, Some(rule)) => format!("{reason}: rule `{rule}`"),
             ("deny_list", _) => "deny_list: the user always gets the baseline".to_owned(),

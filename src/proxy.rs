@@ -242,7 +242,7 @@ impl Proxy {
         if let Some(translation) = &translation {
             exchange.becomes_translated_call(translation);
         }
-        let endpoint = backend
+        let endpoint = target
             .choose(self.roll(), exchange.started(), &[])
             .ok_or(ProxyError::NoEndpoint)?;
         let limit = route.body_limit(&origin, translation.is_some(), &body)?;
@@ -457,7 +457,10 @@ impl Proxy {
         let refusal = || ProxyError::TransferCoding;
         headers::refuse_transfer_coding(&parts.headers, *survey, refusal)?;
         headers::refuse_ambiguous(&parts.headers, *survey, &route.guarded_headers)?;
-        let (decision, failed_over) = route.decide(&head, origin.trusted, &mut || self.roll());
+        let (decision, failed_over) =
+            route.decide(&head, origin.trusted, exchange.started(), &mut || {
+                self.roll()
+            });
         admission::limit_rate(route, &head, &decision, exchange)?;
         exchange.decided(route, &decision, failed_over);
         Ok(Decided {

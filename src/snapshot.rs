@@ -19,6 +19,8 @@ use http::header::{COOKIE, HeaderName, HeaderValue};
 use ipnet::IpNet;
 use rustls::pki_types::ServerName;
 use tokio::sync::watch;
+use tokio::time::Instant;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::backend::{
     Backend, ConnectionPolicy, Endpoint, EndpointId, EndpointKey, Endpoints, HeaderEdits,
@@ -32,7 +34,7 @@ use crate::limit::overload::{Overload, Priority};
 use crate::limit::rate::{RateLimit, Tallies};
 use crate::routing::gray::{Dice, Override, Rule, Step};
 use crate::routing::rescue::Rescue;
-use crate::routing::split::Split;
+use crate::routing::split::{Ratio, Split};
 use crate::routing::{BASELINE, Decision, Gray, Reason, RequestHead, RouteTable, Target, UserList};
 use crate::telemetry::access_log::{AccessLog, WorkerLog};
 use crate::telemetry::metrics::{Metrics, TargetLabels, TargetMetrics};
@@ -68,7 +70,8 @@ pub struct Snapshot {
     routes_by_name: HashMap<Arc<str>, usize>,
     /// Where each stands in `backends`.
     backends_by_name: HashMap<Arc<str>, usize>,
-    connection_policies: HashMap<EndpointId, ConnectionPolicy>,
+    /// The backend of each endpoint.
+    homes: HashMap<EndpointId, Arc<Backend>>,
 }
 
 /// A listener.
@@ -151,6 +154,10 @@ pub struct RouteTarget {
     pub version: HeaderValue,
     /// What its requests are counted under.
     pub metrics: Arc<TargetMetrics>,
+    /// With fewer than this part of the endpoints usable, all of them get requests; 0 for never, as it
+    /// is for every target but the baseline. A backend may be the baseline of one route and the canary
+    /// of another, whose users have somewhere else to go.
+    panic_threshold: Ratio,
 }
 
 /// Why another target gets a request than was decided.
@@ -184,6 +191,12 @@ pub struct Held {
     /// The worker's end of its access log.
     access_log: Option<Rc<WorkerLog>>,
 }
+
+/// The panic threshold of those who have somewhere else to go.
+const NEVER: Ratio = Ratio(0);
+
+/// Tells the hash that says when users come back from those that say where they belong.
+const TURNS: u64 = 0x7475_726e;
 
 /// Compiles a checked configuration. `lists` are its user lists in the order of the file, and
 /// `endpoints` those of each backend.
@@ -243,13 +256,11 @@ pub fn compile(
                 ))
             })
             .collect(),
-        connection_policies: backends
+        homes: backends
             .iter()
             .flat_map(|backend| {
-                backend
-                    .endpoints
-                    .iter()
-                    .map(|endpoint| (endpoint.id, backend.connections))
+                let endpoints = backend.endpoints.iter();
+                endpoints.map(|endpoint| (endpoint.id, Arc::clone(backend)))
             })
             .collect(),
         routes_by_name: positions(config.routes.iter().map(|route| &route.name)),
@@ -338,7 +349,12 @@ fn compile_route(
     let targets: Vec<RouteTarget> = route
         .targets
         .iter()
-        .map(|target| compile_target(route, target, &backends[target.backend], metrics))
+        .enumerate()
+        .map(|(position, target)| {
+            let is_baseline = position == BASELINE;
+            let backend = &backends[target.backend];
+            compile_target(route, target, backend, is_baseline, metrics)
+        })
         .collect();
     let gray = compile_gray(route, &targets, lists);
     Route {
@@ -419,6 +435,7 @@ fn compile_target(
     route: &config::Route,
     target: &config::RouteTarget,
     backend: &Arc<Backend>,
+    is_baseline: bool,
     metrics: &Metrics,
 ) -> RouteTarget {
     let labels = TargetLabels {
@@ -436,6 +453,11 @@ fn compile_target(
         backend: Arc::clone(backend),
         version: HeaderValue::from_str(&backend.version).unwrap_or(HeaderValue::from_static("")),
         metrics: metrics.target(&labels),
+        panic_threshold: if is_baseline {
+            backend.panic_threshold
+        } else {
+            NEVER
+        },
     }
 }
 
@@ -529,7 +551,13 @@ impl Snapshot {
 
     /// How to connect to an endpoint; `None` when it is part of no backend any longer.
     pub fn connection_policy(&self, endpoint: EndpointId) -> Option<ConnectionPolicy> {
-        self.connection_policies.get(&endpoint).copied()
+        let backend = self.backend_of(endpoint)?;
+        Some(backend.connections)
+    }
+
+    /// The backend of an endpoint; `None` when it is part of none any longer.
+    pub fn backend_of(&self, endpoint: EndpointId) -> Option<&Arc<Backend>> {
+        self.homes.get(&endpoint)
     }
 }
 
@@ -541,26 +569,78 @@ impl Route {
         &'a self,
         head: &RequestHead<'a>,
         trusted: bool,
+        now: Instant,
         dice: Dice<'_>,
     ) -> (Decision<'a>, Option<FailedOver>) {
         let mut decision = self.gray.decide(head, trusted, dice);
-        let failed_over = self.fail_over(&mut decision);
+        let failed_over = self.fail_over(&mut decision, now, dice);
         (decision, failed_over)
     }
 
     /// Sends those to another target whose own takes no requests, and only them.
-    pub fn fail_over(&self, decision: &mut Decision<'_>) -> Option<FailedOver> {
+    pub fn fail_over(
+        &self,
+        decision: &mut Decision<'_>,
+        now: Instant,
+        dice: Dice<'_>,
+    ) -> Option<FailedOver> {
         let from = decision.target;
-        let cause = self.targets[from].backend.unavailability()?;
+        let cause = self.unavailability(decision, now, dice)?;
         let to = match from {
             BASELINE => self.failover.from_baseline,
             _ => self.failover.to_baseline.then_some(BASELINE),
         };
         // From bad to worse helps nobody, but the baseline is where everybody belongs.
-        let is_better = |to: &Target| *to == BASELINE || self.targets[*to].backend.is_available();
+        let is_forced = |to: &Target| *to == BASELINE && cause != Unavailability::SlowStart;
+        let is_better = |to: &Target| is_forced(to) || self.targets[*to].is_available();
         decision.target = to.filter(is_better)?;
         decision.reason = Reason::Failover;
         Some(FailedOver { from, cause })
+    }
+
+    /// Why a request should not go where it was decided to go; `None` if it should.
+    fn unavailability(
+        &self,
+        decision: &Decision<'_>,
+        now: Instant,
+        dice: Dice<'_>,
+    ) -> Option<Unavailability> {
+        let backend = &self.targets[decision.target].backend;
+        // Also of a baseline that could go on with endpoints that are not well.
+        let cause = backend.unavailability(NEVER);
+        cause.or_else(|| {
+            // There is nobody else who could take the rest of a baseline's.
+            let is_whole = decision.target == BASELINE || backend.part(now) >= 1.0;
+            let is_early = !is_whole && backend.part(now) <= turn(decision, dice);
+            is_early.then_some(Unavailability::SlowStart)
+        })
+    }
+}
+
+/// When a request comes back to a target in slow start, as the part that the target then has: that of a
+/// user is always the same, so that he moves once.
+fn turn(decision: &Decision<'_>, dice: Dice<'_>) -> f64 {
+    let identity = decision.identity.as_ref();
+    let die = match identity {
+        Some(identity) => xxh3_64_with_seed(identity.value.as_bytes(), TURNS),
+        None => dice(),
+    };
+    die as f64 / u64::MAX as f64
+}
+
+// === impl RouteTarget ===
+
+impl RouteTarget {
+    /// True when it can take requests of this route at all.
+    pub fn is_available(&self) -> bool {
+        let threshold = self.panic_threshold;
+        self.backend.unavailability(threshold).is_none()
+    }
+
+    /// Chooses an endpoint for one request of this route; see [`Backend::choose_within`].
+    pub fn choose(&self, die: u64, now: Instant, failed: &[EndpointId]) -> Option<&Arc<Endpoint>> {
+        let threshold = self.panic_threshold;
+        self.backend.choose_within(threshold, die, now, failed)
     }
 }
 

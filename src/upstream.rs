@@ -35,7 +35,7 @@ use crate::backend::{Backend, ConnectionPolicy, Endpoint, EndpointId, UpstreamPr
 use crate::snapshot::Snapshot;
 use crate::telemetry::metrics::{Level, Metrics};
 
-use connect::{Connected, connect};
+use connect::{Connected, Dial, connect};
 use room::{Place, Room};
 use shared::{Claim, Opening, Shared};
 pub use shortage::Shortage;
@@ -419,9 +419,9 @@ where
     ) -> Result<Connection<B>, SendError> {
         let (level, opening) = self.begin_opening(to);
         let room = Rc::clone(place.room());
-        let connected = connect(&to, (level.up(), Some(place))).await;
+        let connected = connect(to.dial(), (level.up(), Some(place))).await;
         // Its place has just become free.
-        let again = async || connect(&to, (level.up(), room.take(usize::MAX))).await;
+        let again = async || connect(to.dial(), (level.up(), room.take(usize::MAX))).await;
         let connected = self.shortage.retry(connected, again).await;
         if let (Some(opening), Err(error)) = (&opening, &connected) {
             opening.opening.fail(error);
@@ -503,11 +503,19 @@ where
 
 // === impl To ===
 
-impl To<'_> {
-    /// True for a tunnel where there is a choice: every endpoint that has WebSockets has them in
-    /// HTTP/1.1, and few have them in HTTP/2.
+impl<'t> To<'t> {
+    fn dial(&self) -> Dial<'t> {
+        Dial {
+            endpoint: self.endpoint,
+            transport: &self.backend.transport,
+            timeout: self.backend.connections.connect_timeout,
+            needs: self.needs,
+            addresses: self.addresses,
+        }
+    }
+
     fn needs_http1(&self) -> bool {
-        self.needs.tunnel && self.backend.transport.protocol != UpstreamProtocol::Http2
+        self.dial().needs_http1()
     }
 
     /// False where a connection is told who its client is, and so is for that one alone.

@@ -6,8 +6,8 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustls::pki_types::ServerName;
@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::gate::{Gate, GateLimits, Pass};
-use super::outlier::{Sample, log_latency};
+use super::outlier::{OutlierPolicy, Record, Sample, log_latency};
 
 /// Names an endpoint for as long as the process runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,7 +41,10 @@ pub struct Endpoint {
     readmitted: AtomicU64,
     born: Instant,
     tally: Tally,
-    alarm: Arc<Notify>,
+    /// Here and not with whoever ejects, so that nothing is ejected of which nobody knows until when.
+    /// No request touches it.
+    record: Mutex<Record>,
+    alarms: Arc<Alarms>,
 }
 
 /// Why an endpoint gets no requests.
@@ -61,6 +64,8 @@ struct Tally {
     consecutive_failures: AtomicU32,
     /// At so many of them the alarm is raised; 0 for never.
     alarm_at: AtomicU32,
+    /// It is raised, and nobody has looked yet.
+    is_alarming: AtomicBool,
     requests: AtomicU32,
     failures: AtomicU32,
     log_latency: AtomicU64,
@@ -80,7 +85,15 @@ pub struct Endpoints {
     known: HashMap<EndpointKey, Arc<Endpoint>>,
     gates: HashMap<Arc<str>, Arc<Gate>>,
     created: u64,
-    alarm: Arc<Notify>,
+    alarms: Arc<Alarms>,
+}
+
+/// The endpoints that have failed too often in a row, and that nobody has looked at yet.
+#[derive(Debug, Default)]
+pub struct Alarms {
+    raised: Mutex<Vec<EndpointId>>,
+    /// Told when there is one.
+    news: Notify,
 }
 
 /// What an endpoint is known by. With another name on its certificate, connections that stand say
@@ -128,6 +141,7 @@ impl Endpoint {
     pub(super) fn part(&self, now: Instant, slow_start: Duration) -> f64 {
         match self.readmitted.load(Ordering::Relaxed) {
             0 => 1.0,
+            _ if slow_start.is_zero() => 1.0,
             since => {
                 let age = self.age(now).saturating_sub(since) as f64 / 1e3;
                 (age / slow_start.as_secs_f64().max(1e-3)).min(1.0)
@@ -164,6 +178,37 @@ impl Endpoint {
         }
     }
 
+    /// Takes it out for what requests say of it, and says for how long.
+    pub fn eject(&self, now: Instant, policy: &OutlierPolicy) -> Duration {
+        let length = self.record().eject(now, policy);
+        self.impede(Impediment::Ejected);
+        length
+    }
+
+    /// Lets it in again once its ejection is over; true if that is now.
+    pub fn readmit(&self, now: Instant) -> bool {
+        let is_over = self.is_impeded_by(Impediment::Ejected) && self.record().ends(now);
+        if is_over {
+            self.relieve(Impediment::Ejected, now);
+        }
+        is_over
+    }
+
+    /// Lets it in again though its ejection is not over; true if it had one.
+    pub fn pardon(&self, now: Instant) -> bool {
+        let is_ejected = self.is_impeded_by(Impediment::Ejected);
+        if is_ejected {
+            self.record().pardon();
+            self.relieve(Impediment::Ejected, now);
+        }
+        is_ejected
+    }
+
+    /// It has got through an interval: one of its ejections is forgotten.
+    pub fn forgive(&self) {
+        self.record().forgive();
+    }
+
     /// It was let in again long ago.
     pub fn settle(&self, now: Instant, slow_start: Duration) {
         if self.part(now, slow_start) >= 1.0 {
@@ -179,8 +224,10 @@ impl Endpoint {
         }
     }
 
-    /// True when it has failed so often in a row that the alarm was raised; counting begins anew.
+    /// Somebody looks because of the alarm: true when it has failed so often in a row; counting then
+    /// begins anew.
     pub fn take_alarm(&self) -> bool {
+        self.tally.is_alarming.store(false, Ordering::Relaxed);
         let at = self.tally.alarm_at.load(Ordering::Relaxed);
         let failures = &self.tally.consecutive_failures;
         let is_raised = at > 0 && failures.load(Ordering::Relaxed) >= at;
@@ -192,11 +239,18 @@ impl Endpoint {
 
     /// What has been counted since the last time.
     pub fn take_sample(&self) -> Sample {
+        // A request that is being counted may be in one of them and not in the other yet.
+        let failures = self.tally.failures.swap(0, Ordering::Relaxed);
+        let requests = self.tally.requests.swap(0, Ordering::Relaxed);
         Sample {
-            requests: self.tally.requests.swap(0, Ordering::Relaxed),
-            failures: self.tally.failures.swap(0, Ordering::Relaxed),
+            requests,
+            failures: failures.min(requests),
             log_latency: self.tally.log_latency.swap(0, Ordering::Relaxed),
         }
+    }
+
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn age(&self, now: Instant) -> u64 {
@@ -256,8 +310,9 @@ impl Lease {
         tally.failures.fetch_add(1, Ordering::Relaxed);
         let failures = tally.consecutive_failures.fetch_add(1, Ordering::Relaxed) + 1;
         let alarm_at = tally.alarm_at.load(Ordering::Relaxed);
-        if alarm_at > 0 && failures >= alarm_at {
-            self.endpoint.alarm.notify_one();
+        if alarm_at > 0 && failures >= alarm_at && !tally.is_alarming.swap(true, Ordering::Relaxed)
+        {
+            self.endpoint.alarms.raise(self.endpoint.id);
         }
     }
 }
@@ -276,7 +331,7 @@ impl Endpoints {
     /// `has_checks` has to pass one first.
     pub fn get_or_create(&mut self, key: EndpointKey, has_checks: bool) -> Arc<Endpoint> {
         let gate = self.gate(&key.backend);
-        let (created, alarm) = (&mut self.created, &self.alarm);
+        let (created, alarms) = (&mut self.created, &self.alarms);
         let (address, certified) = (key.address, key.certified.clone());
         let endpoint = self.known.entry(key).or_insert_with(|| {
             *created += 1;
@@ -296,7 +351,8 @@ impl Endpoints {
                 readmitted: AtomicU64::new(0),
                 born: Instant::now(),
                 tally: Tally::default(),
-                alarm: Arc::clone(alarm),
+                record: Mutex::default(),
+                alarms: Arc::clone(alarms),
             })
         });
         Arc::clone(endpoint)
@@ -308,16 +364,44 @@ impl Endpoints {
         Arc::clone(self.gates.entry(Arc::clone(backend)).or_insert_with(anew))
     }
 
-    /// Told when an endpoint has failed too often in a row.
-    pub fn alarm(&self) -> Arc<Notify> {
-        Arc::clone(&self.alarm)
+    /// Those that have failed too often in a row.
+    pub fn alarms(&self) -> Arc<Alarms> {
+        Arc::clone(&self.alarms)
     }
 
-    /// Forgets what only this map still knows.
-    pub fn prune(&mut self) {
-        self.known
-            .retain(|_, endpoint| Arc::strong_count(endpoint) > 1);
+    /// Forgets the endpoints that are not current, and the gates that only this map still knows.
+    ///
+    /// An endpoint that leaves lives on with its last request or with whoever still has a snapshot
+    /// that names it. One that comes back is a new one all the same: nobody has followed the old one
+    /// meanwhile, so what is held of it says nothing. The requests that the old one still has keep its
+    /// gate, and count for its backend.
+    pub fn retain(&mut self, is_current: impl Fn(EndpointId) -> bool) {
+        self.known.retain(|_, endpoint| is_current(endpoint.id));
         self.gates.retain(|_, gate| Arc::strong_count(gate) > 1);
+    }
+}
+
+// === impl Alarms ===
+
+impl Alarms {
+    /// Waits until there are any, and takes them.
+    pub async fn take(&self) -> Vec<EndpointId> {
+        loop {
+            let raised = std::mem::take(&mut *self.raised());
+            if !raised.is_empty() {
+                return raised;
+            }
+            self.news.notified().await;
+        }
+    }
+
+    fn raise(&self, endpoint: EndpointId) {
+        self.raised().push(endpoint);
+        self.news.notify_one();
+    }
+
+    fn raised(&self) -> MutexGuard<'_, Vec<EndpointId>> {
+        self.raised.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -378,12 +462,70 @@ mod tests {
             lease(&one).failed();
         }
         assert!(!one.take_alarm());
-        lease(&one).failed();
-        one.alarm.notified().await;
+        for _ in 0..3 {
+            lease(&one).failed();
+        }
+        // However often it has failed, there is one to be looked at.
+        assert_eq!(one.alarms.take().await, [one.id]);
         assert!(one.take_alarm() && !one.take_alarm());
+        for _ in 0..3 {
+            lease(&one).failed();
+        }
+        assert_eq!(one.alarms.take().await, [one.id]);
         let sample = one.take_sample();
-        assert_eq!((sample.requests, sample.failures), (6, 5));
+        assert_eq!((sample.requests, sample.failures), (11, 10));
         assert_eq!(one.take_sample(), Sample::default());
+    }
+
+    #[test]
+    fn what_was_pardoned_is_forgiven_like_everything_else() {
+        let one = endpoint(false);
+        let policy = OutlierPolicy {
+            consecutive: None,
+            interval: Duration::from_secs(10),
+            ejection: Duration::from_secs(30),
+            longest_ejection: Duration::from_secs(300),
+            most_ejected: crate::routing::split::Ratio(1_000_000),
+            least_requests: 100,
+            failure_excess: None,
+            latency_factor: None,
+        };
+        one.eject(one.born, &policy);
+        assert!(!one.readmit(one.born) && one.pardon(one.born));
+        assert!(one.is_usable() && !one.pardon(one.born));
+        one.forgive();
+        assert_eq!(*one.record(), Record::default());
+    }
+
+    #[test]
+    fn a_sample_has_no_more_failures_than_requests() {
+        let one = endpoint(false);
+        // Its request was in the sample before.
+        one.tally.failures.store(1, Ordering::Relaxed);
+        let sample = one.take_sample();
+        assert_eq!((sample.requests, sample.failures), (0, 0));
+    }
+
+    #[test]
+    fn one_that_comes_back_is_new_but_counts_for_its_backend_as_before() {
+        let mut known = Endpoints::default();
+        let key = EndpointKey {
+            backend: "shop".into(),
+            address: ([127, 0, 0, 1], 1).into(),
+            certified: None,
+        };
+        let old = known.get_or_create(key.clone(), true);
+        let lease = lease(&old);
+        old.relieve(Impediment::Unchecked, old.born);
+        old.impede(Impediment::Ejected);
+        known.retain(|_| false);
+        let new = known.get_or_create(key, true);
+        assert_ne!(new.id, old.id);
+        let impediments: Vec<_> = new.impediments().collect();
+        assert_eq!(impediments, [Impediment::Unchecked]);
+        assert_eq!((new.in_flight(), new.gate.inside()), (0, 1));
+        drop(lease);
+        assert_eq!(new.gate.inside(), 0);
     }
 
     #[test]

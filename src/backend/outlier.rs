@@ -94,7 +94,7 @@ impl Sample {
     }
 
     fn answered(self) -> u32 {
-        self.requests - self.failures
+        self.requests.saturating_sub(self.failures)
     }
 
     fn failure_share(self) -> f64 {
@@ -127,16 +127,16 @@ impl Record {
         is_over
     }
 
+    /// Its ejection is over, whenever it would have been.
+    pub fn pardon(&mut self) {
+        self.until = None;
+    }
+
     /// It has got through an interval: one of its ejections is forgotten.
     pub fn forgive(&mut self) {
         if self.until.is_none() {
             self.times = self.times.saturating_sub(1);
         }
-    }
-
-    /// True as long as there is something to be remembered.
-    pub fn is_known(&self) -> bool {
-        self.times > 0 || self.until.is_some()
     }
 }
 
@@ -275,7 +275,7 @@ mod tests {
         let second = Duration::from_secs(1);
         assert_eq!(record.eject(now, &POLICY), second * 30);
         record.forgive();
-        assert!(!record.ends(now + second * 29) && record.is_known());
+        assert!(!record.ends(now + second * 29));
         assert!(record.ends(now + second * 30));
         assert!(!record.ends(now + second * 31));
         assert_eq!(record.eject(now, &POLICY), second * 60);
@@ -287,7 +287,7 @@ mod tests {
         for _ in 0..100 {
             record.forgive();
         }
-        assert!(!record.is_known());
+        assert_eq!(record, Record::default());
     }
 
     #[test]

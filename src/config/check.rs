@@ -148,11 +148,11 @@ impl Checker<'_> {
             &root.key("routes"),
         );
 
-        let baselines = resilience::baselines(&file.routes);
+        let roles = resilience::roles(&file.routes);
         let backends = self.each(
             &file.backends,
             &root.key("backends"),
-            |checker, backend, at| checker.backend(backend, &baselines, at),
+            |checker, backend, at| checker.backend(backend, &roles, at),
         );
         let user_lists = self.each(
             &file.user_lists,

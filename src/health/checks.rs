@@ -2,7 +2,9 @@
 //! long as its endpoint and its check do.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HOST, HeaderValue, TE};
@@ -11,6 +13,7 @@ use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use prost::Message;
+use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
@@ -19,7 +22,8 @@ use crate::backend::health::{Health, Opinion, Probe};
 use crate::backend::{Backend, Endpoint, EndpointId, HealthCheck, Impediment};
 use crate::snapshot::{Live, Snapshot};
 use crate::telemetry::metrics::Metrics;
-use crate::upstream::probe;
+use crate::upstream::SendError;
+use crate::upstream::probe::{self, Asked};
 
 /// The most of an answer that is read, in bytes.
 const LARGEST_ANSWER: usize = 64 << 10;
@@ -43,9 +47,17 @@ struct HealthCheckResponse {
 /// `SERVING` of `HealthCheckResponse.ServingStatus`.
 const SERVING: i32 = 1;
 
+/// So many are asked at a time; the others wait for their turn. Each takes a descriptor, and it is the
+/// thread of control that asks.
+const MOST_AT_A_TIME: usize = 256;
+
+/// The longest until an endpoint is asked again that could not be asked.
+const SHORTAGE_PAUSE: Duration = Duration::from_secs(1);
+
 /// Starts and ends the tasks.
 #[derive(Debug)]
 pub struct Checks {
+    turns: Rc<Semaphore>,
     live: Arc<Live>,
     metrics: Arc<Metrics>,
     running: HashMap<EndpointId, Running>,
@@ -57,20 +69,28 @@ struct Running {
     check: Arc<HealthCheck>,
     /// That of the backend's transport.
     fingerprint: u64,
+    connect_timeout: Duration,
     task: AbortHandle,
 }
 
 /// One endpoint's task.
 struct Checking {
-    backend: Arc<Backend>,
+    backend: Arc<str>,
     check: Arc<HealthCheck>,
-    endpoint: Arc<Endpoint>,
+    asked: Asked,
     metrics: Arc<Metrics>,
     opinion: Opinion,
+    turns: Rc<Semaphore>,
 }
 
-/// Why an answer is no good one.
-type Complaint = String;
+/// Why there is no good answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Complaint {
+    /// The endpoint has not given one.
+    Endpoint(String),
+    /// It could not be asked, for what this machine lacks.
+    Shortage(String),
+}
 
 // === impl Checks ===
 
@@ -78,6 +98,7 @@ impl Checks {
     /// Checks the endpoints of whatever snapshot is in force.
     pub fn new(live: Arc<Live>, metrics: Arc<Metrics>) -> Self {
         Self {
+            turns: Rc::new(Semaphore::new(MOST_AT_A_TIME)),
             live,
             metrics,
             running: HashMap::new(),
@@ -117,20 +138,27 @@ impl Checks {
 
     fn start(
         &self,
-        backend: &Arc<Backend>,
+        backend: &Backend,
         check: &Arc<HealthCheck>,
         endpoint: &Arc<Endpoint>,
     ) -> Running {
+        let connect_timeout = backend.connections.connect_timeout;
         let checking = Checking {
-            backend: Arc::clone(backend),
+            backend: Arc::clone(&backend.name),
             check: Arc::clone(check),
-            endpoint: Arc::clone(endpoint),
+            asked: Asked {
+                endpoint: Arc::clone(endpoint),
+                transport: Arc::clone(&backend.transport),
+                connect_timeout,
+            },
             metrics: Arc::clone(&self.metrics),
             opinion: Opinion::new(health_of(endpoint)),
+            turns: Rc::clone(&self.turns),
         };
         Running {
             check: Arc::clone(check),
             fingerprint: backend.transport.fingerprint,
+            connect_timeout,
             task: tokio::task::spawn_local(checking.run()).abort_handle(),
         }
     }
@@ -160,7 +188,9 @@ fn forget_checks(endpoint: &Endpoint) {
 
 impl Running {
     fn is_of(&self, backend: &Backend, check: &HealthCheck) -> bool {
-        *self.check == *check && self.fingerprint == backend.transport.fingerprint
+        *self.check == *check
+            && self.fingerprint == backend.transport.fingerprint
+            && self.connect_timeout == backend.connections.connect_timeout
     }
 }
 
@@ -170,37 +200,74 @@ impl Drop for Running {
     }
 }
 
+// === impl Complaint ===
+
+impl Complaint {
+    fn of(error: SendError) -> Self {
+        let reason = error.to_string();
+        if probe::is_own_shortage(&error) {
+            Self::Shortage(reason)
+        } else {
+            Self::Endpoint(reason)
+        }
+    }
+}
+
 // === impl Checking ===
 
 impl Checking {
     /// The first question comes at once.
     async fn run(mut self) {
         loop {
-            let answer = timeout(self.check.timeout, self.ask()).await;
-            let answer = answer.unwrap_or_else(|_| Err("there was no answer in time".to_owned()));
-            self.learn(answer);
-            sleep(self.check.pause(fastrand::f64())).await;
+            let answer = self.ask_in_turn().await;
+            let pause = self.check.pause(fastrand::f64());
+            match answer {
+                Ok(()) => self.learn(Ok(())),
+                Err(Complaint::Endpoint(reason)) => self.learn(Err(reason)),
+                Err(Complaint::Shortage(reason)) => {
+                    self.could_not_ask(&reason);
+                    sleep(pause.min(SHORTAGE_PAUSE)).await;
+                    continue;
+                }
+            }
+            sleep(pause).await;
         }
     }
 
-    fn learn(&mut self, answer: Result<(), Complaint>) {
-        let (backend, endpoint) = (&*self.backend.name, &*self.endpoint.authority);
-        let result = if answer.is_ok() { "success" } else { "failure" };
-        let labels = [("backend", backend), ("result", result)];
+    async fn ask_in_turn(&self) -> Result<(), Complaint> {
+        let _turn = self.turns.acquire().await;
+        let answer = timeout(self.check.timeout, self.ask()).await;
+        let too_late = || Complaint::Endpoint("there was no answer in time".to_owned());
+        answer.unwrap_or_else(|_| Err(too_late()))
+    }
+
+    fn could_not_ask(&self, reason: &str) {
+        let (backend, endpoint) = (&*self.backend, &*self.asked.endpoint.authority);
+        self.count("not_asked");
+        debug!(backend, endpoint, reason, "the endpoint could not be asked");
+    }
+
+    fn count(&self, result: &str) {
+        let labels = [("backend", &*self.backend), ("result", result)];
         let answers = self.metrics.counter("serin_health_checks_total", &labels);
         answers.increment(1);
+    }
+
+    fn learn(&mut self, answer: Result<(), String>) {
+        self.count(if answer.is_ok() { "success" } else { "failure" });
+        let (backend, endpoint) = (&*self.backend, &*self.asked.endpoint.authority);
         let is_changed = self.opinion.learn(answer.is_ok(), &self.check);
         match answer {
             Ok(()) if is_changed => {
                 let now = Instant::now();
                 // The newer reason last: only then do requests come back.
-                self.endpoint.relieve(Impediment::Unchecked, now);
-                self.endpoint.relieve(Impediment::Unhealthy, now);
+                self.asked.endpoint.relieve(Impediment::Unchecked, now);
+                self.asked.endpoint.relieve(Impediment::Unhealthy, now);
                 info!(backend, endpoint, "endpoint is healthy");
             }
             Err(reason) if is_changed => {
-                self.endpoint.impede(Impediment::Unhealthy);
-                self.endpoint.relieve(Impediment::Unchecked, Instant::now());
+                // A new one stays a new one until it has been well for once.
+                self.asked.endpoint.impede(Impediment::Unhealthy);
                 warn!(backend, endpoint, reason, "endpoint is unhealthy");
             }
             Ok(()) => {}
@@ -211,8 +278,8 @@ impl Checking {
     async fn ask(&self) -> Result<(), Complaint> {
         match &self.check.probe {
             Probe::Tcp => {
-                let connected = probe::connect(&self.backend, &self.endpoint).await;
-                connected.map_err(|error| error.to_string())
+                let connected = probe::connect(&self.asked).await;
+                connected.map_err(Complaint::of)
             }
             Probe::Http {
                 path,
@@ -238,12 +305,12 @@ impl Checking {
         mut request: Request<Full<Bytes>>,
     ) -> Result<Response<Incoming>, Complaint> {
         if !request.headers().contains_key(HOST)
-            && let Ok(host) = HeaderValue::from_str(&self.endpoint.authority)
+            && let Ok(host) = HeaderValue::from_str(&self.asked.endpoint.authority)
         {
             request.headers_mut().insert(HOST, host);
         }
-        let sent = probe::send(&self.backend, &self.endpoint, request).await;
-        sent.map_err(|error| error.to_string())
+        let sent = probe::send(&self.asked, request).await;
+        sent.map_err(Complaint::of)
     }
 }
 
@@ -272,7 +339,7 @@ fn judge_http(response: &Response<Incoming>, statuses: &[StatusCode]) -> Result<
     if is_good {
         Ok(())
     } else {
-        Err(format!("the answer was {status}"))
+        Err(Complaint::Endpoint(format!("the answer was {status}")))
     }
 }
 
@@ -287,6 +354,10 @@ fn call(service: &str) -> Bytes {
 }
 
 async fn judge_grpc(response: Response<Incoming>) -> Result<(), Complaint> {
+    serving(response).await.map_err(Complaint::Endpoint)
+}
+
+async fn serving(response: Response<Incoming>) -> Result<(), String> {
     let (head, body) = response.into_parts();
     if head.status != StatusCode::OK {
         return Err(format!("the answer was {}", head.status));

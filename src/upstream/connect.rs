@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use hyper::body::Body;
 use hyper::client::conn::{http1, http2};
@@ -19,7 +20,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tracing::debug;
 
-use crate::backend::{Backend, UpstreamProtocol};
+use crate::backend::{Endpoint, Http2Policy, Transport, UpstreamProtocol};
 use crate::proxy_protocol;
 use crate::stream::Stream;
 use crate::telemetry::metrics::Up;
@@ -29,7 +30,18 @@ use crate::tls::client::ClientTls;
 use super::early::AnsweredEarly;
 use super::room::Place;
 use super::shared::{Peer, Shared};
-use super::{Dedicated, SendError, To};
+use super::{Addresses, Dedicated, Needs, SendError};
+
+/// What making a connection needs to know.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Dial<'t> {
+    pub(super) endpoint: &'t Endpoint,
+    pub(super) transport: &'t Transport,
+    /// How long it may take.
+    pub(super) timeout: Duration,
+    pub(super) needs: Needs,
+    pub(super) addresses: Option<&'t Addresses>,
+}
 
 /// A connection that stands.
 pub(super) enum Connected<B> {
@@ -75,7 +87,7 @@ pub(super) type Counted = (Up, Option<Place>);
 const UNKNOWN_LIMIT: usize = usize::MAX - 1;
 
 /// Connects to an endpoint; the connection counts as one of the backend's until it has ended.
-pub(super) async fn connect<B>(to: &To<'_>, counted: Counted) -> Result<Connected<B>, SendError>
+pub(super) async fn connect<B>(to: Dial<'_>, counted: Counted) -> Result<Connected<B>, SendError>
 where
     B: Body + Unpin + 'static,
     B::Data: Send + 'static,
@@ -85,21 +97,21 @@ where
         let dialled = dial(to).await;
         let (stream, speaks_http2) = dialled.map_err(SendError::Connect)?;
         if speaks_http2 {
-            Box::pin(handshake_http2(to.backend, stream, counted)).await
+            Box::pin(handshake_http2(to.transport.http2, stream, counted)).await
         } else {
             handshake_http1(stream, counted).await
         }
     };
-    timeout(to.backend.connections.connect_timeout, connecting)
+    timeout(to.timeout, connecting)
         .await
         .unwrap_or(Err(SendError::ConnectTimeout))
 }
 
 /// Gives the connection, and whether HTTP/2 is spoken over it.
-async fn dial(to: &To<'_>) -> io::Result<(Stream, bool)> {
+async fn dial(to: Dial<'_>) -> io::Result<(Stream, bool)> {
     let mut stream = TcpStream::connect(to.endpoint.address).await?;
     stream.set_nodelay(true)?;
-    let transport = &to.backend.transport;
+    let transport = to.transport;
     if let Some(version) = transport.proxy_protocol {
         let header = match to.addresses {
             Some((client, listener)) => proxy_protocol::header(version, *client, *listener),
@@ -117,14 +129,14 @@ async fn dial(to: &To<'_>) -> io::Result<(Stream, bool)> {
     }
 }
 
-async fn dial_tls(stream: TcpStream, tls: &ClientTls, to: &To<'_>) -> io::Result<(Stream, bool)> {
+async fn dial_tls(stream: TcpStream, tls: &ClientTls, to: Dial<'_>) -> io::Result<(Stream, bool)> {
     let config = tls.config(to.needs_http1());
     let name = tls.name(to.endpoint.address.ip(), to.endpoint.certified.as_ref());
     let stream = TlsConnector::from(Arc::clone(config))
         .connect(name, stream)
         .await?;
     let speaks_http2 = stream.get_ref().1.alpn_protocol() == Some(ALPN_HTTP2);
-    if to.backend.transport.protocol == UpstreamProtocol::Http2 && !speaks_http2 {
+    if to.transport.protocol == UpstreamProtocol::Http2 && !speaks_http2 {
         let reason = "the endpoint does not agree on HTTP/2 by ALPN";
         return Err(io::Error::other(reason));
     }
@@ -155,7 +167,7 @@ where
 }
 
 async fn handshake_http2<B>(
-    backend: &Backend,
+    policy: Http2Policy,
     stream: Stream,
     counted: Counted,
 ) -> Result<Connected<B>, SendError>
@@ -164,7 +176,6 @@ where
     B::Data: Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let policy = backend.transport.http2;
     let executor = ConnectionExecutor::default();
     let settings = Rc::clone(&executor.0);
     let (sender, driver) = http2::Builder::new(executor)
@@ -203,6 +214,16 @@ where
         policy.max_requests,
         room,
     )))
+}
+
+// === impl Dial ===
+
+impl Dial<'_> {
+    /// True for a tunnel where there is a choice: every endpoint that has WebSockets has them in
+    /// HTTP/1.1, and few have them in HTTP/2.
+    pub(super) fn needs_http1(&self) -> bool {
+        self.needs.tunnel && self.transport.protocol != UpstreamProtocol::Http2
+    }
 }
 
 // === impl ConnectionExecutor ===

@@ -3,24 +3,41 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{Request, Response};
 use hyper::body::{Body, Incoming};
 
-use crate::backend::{Backend, Endpoint};
+use crate::backend::{Endpoint, Transport};
 use crate::telemetry::metrics::Level;
 
-use super::connect::{Connected, Counted, connect as make};
-use super::{Needs, SendError, To, shape};
+use super::connect::{Connected, Counted, Dial, connect as make};
+use super::{Needs, SendError, shape, shortage};
+
+const NEEDS: Needs = Needs {
+    trailers: true,
+    tunnel: false,
+};
+
+/// An endpoint that is asked, and by what kind of connection. Of its backend it has only that: who asks
+/// does so for long, and the rest of a snapshot must not live on with him.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    /// The endpoint.
+    pub endpoint: Arc<Endpoint>,
+    /// What is spoken with it, and over what.
+    pub transport: Arc<Transport>,
+    /// How long a connection may take to stand.
+    pub connect_timeout: Duration,
+}
 
 /// Makes a connection, up to where a request could be sent, and closes it.
 ///
 /// # Errors
 ///
 /// See [`SendError`].
-pub async fn connect(backend: &Backend, endpoint: &Endpoint) -> Result<(), SendError> {
-    let to = to(backend, endpoint);
-    let connected = make::<http_body_util::Empty<bytes::Bytes>>(&to, uncounted()).await;
+pub async fn connect(asked: &Asked) -> Result<(), SendError> {
+    let connected = make::<http_body_util::Empty<bytes::Bytes>>(asked.dial(), uncounted()).await;
     connected.map(drop)
 }
 
@@ -30,8 +47,7 @@ pub async fn connect(backend: &Backend, endpoint: &Endpoint) -> Result<(), SendE
 ///
 /// See [`SendError`].
 pub async fn send<B>(
-    backend: &Backend,
-    endpoint: &Endpoint,
+    asked: &Asked,
     mut request: Request<B>,
 ) -> Result<Response<Incoming>, SendError>
 where
@@ -39,15 +55,14 @@ where
     B::Data: Send + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let to = to(backend, endpoint);
-    let response = match make::<B>(&to, uncounted()).await? {
+    let response = match make::<B>(asked.dial(), uncounted()).await? {
         Connected::Http1(mut connection) => {
             shape::http1(&mut request);
             connection.sender.send_request(request).await
         }
         Connected::Http2(shared) => {
-            let is_encrypted = backend.transport.tls.is_some();
-            shape::http2(&mut request, &endpoint.authority, is_encrypted, to.needs);
+            let is_encrypted = asked.transport.tls.is_some();
+            shape::http2(&mut request, &asked.endpoint.authority, is_encrypted, NEEDS);
             let claim = shared.claim();
             let closed = || SendError::Connect(io::ErrorKind::ConnectionAborted.into());
             let claim = claim.ok_or_else(closed)?;
@@ -57,19 +72,26 @@ where
     response.map_err(SendError::Exchange)
 }
 
-fn to<'t>(backend: &'t Backend, endpoint: &'t Endpoint) -> To<'t> {
-    To {
-        backend,
-        endpoint,
-        needs: Needs {
-            trailers: true,
-            tunnel: false,
-        },
-        addresses: None,
-    }
+/// True when a question has not been put for what this machine lacks: that says nothing of the endpoint.
+pub fn is_own_shortage(error: &SendError) -> bool {
+    shortage::is_own(error)
 }
 
 /// Connections that ask are none of those that serve.
 fn uncounted() -> Counted {
     (Arc::<Level>::default().up(), None)
+}
+
+// === impl Asked ===
+
+impl Asked {
+    fn dial(&self) -> Dial<'_> {
+        Dial {
+            endpoint: &self.endpoint,
+            transport: &self.transport,
+            timeout: self.connect_timeout,
+            needs: NEEDS,
+            addresses: None,
+        }
+    }
 }

@@ -43,10 +43,49 @@ impl Shortage {
     }
 }
 
+/// True when a connection failed for what this machine lacks, whatever its endpoint does.
+pub(super) fn is_own(error: &SendError) -> bool {
+    let lacks = [
+        Errno::MFILE,
+        Errno::NFILE,
+        Errno::ADDRNOTAVAIL,
+        Errno::NOBUFS,
+        Errno::NOMEM,
+    ];
+    errno(error).is_some_and(|errno| lacks.contains(&errno))
+}
+
 fn lacks_descriptors(error: &SendError) -> bool {
-    let SendError::Connect(error) = error else {
-        return false;
-    };
-    let errno = Errno::from_io_error(error);
-    matches!(errno, Some(Errno::MFILE | Errno::NFILE))
+    matches!(errno(error), Some(Errno::MFILE | Errno::NFILE))
+}
+
+fn errno(error: &SendError) -> Option<Errno> {
+    match error {
+        SendError::Connect(error) => Errno::from_io_error(error),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn what_this_machine_lacks_is_told_from_what_the_endpoint_does() {
+        let failed = |errno: Errno| SendError::Connect(io::Error::from(errno));
+        for errno in [
+            Errno::MFILE,
+            Errno::NFILE,
+            Errno::ADDRNOTAVAIL,
+            Errno::NOBUFS,
+        ] {
+            assert!(is_own(&failed(errno)), "{errno}");
+        }
+        for errno in [Errno::CONNREFUSED, Errno::HOSTUNREACH, Errno::CONNRESET] {
+            assert!(!is_own(&failed(errno)), "{errno}");
+        }
+        assert!(!is_own(&SendError::ConnectTimeout));
+    }
 }

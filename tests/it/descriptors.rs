@@ -223,3 +223,46 @@ async fn clients_that_rest_make_room_for_those_who_wait() {
     upstream.release();
     busy.read_until("one").await;
 }
+
+/// What the process lacks itself is nobody else's fault.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endpoint_that_cannot_be_asked_for_want_of_descriptors_stays_healthy() {
+    let well = Upstream::start("well").await;
+    // Nobody accepts, but the kernel does: each question to them holds a descriptor until it times out.
+    let hanging = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = hanging.local_addr().unwrap().port();
+    let many: Vec<_> = (1..=100)
+        .map(|host| format!("'127.0.1.{host}:{port}'"))
+        .collect();
+    let config = format!(
+        "backends:
+  - {{ name: well, version: '1', endpoints: ['{}'], healthCheck: {{ http: {{ path: / }}, interval: 10ms, timeout: 100s, unhealthyAfter: 1 }} }}
+  - {{ name: hanging, version: '1', endpoints: [{}], healthCheck: {{ http: {{ path: / }}, interval: 1h, timeout: 1s }} }}
+routes:
+  - {{ name: well, backendRefs: [ {{ name: well }} ] }}
+  - {{ name: hanging, hostnames: [hanging.example], backendRefs: [ {{ name: hanging }} ] }}
+",
+        well.address,
+        many.join(", ")
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("serin.yaml");
+    fs::write(&path, with_head(&config)).unwrap();
+    let arguments = ["run", "--config", path.to_str().unwrap()];
+    let mut running = Running::spawn(&mut serin_after("ulimit -n 64", &arguments));
+    let (_, admin) = running.addresses();
+    let mut operator = Client::connect(admin).await;
+    loop {
+        let metrics = operator.get("/metrics", &[]).await;
+        let answers = |backend, result| {
+            let labels = [("backend", backend), ("result", result)];
+            metric(metrics.text(), "serin_health_checks_total", &labels)
+        };
+        assert_eq!(answers("well", "failure"), 0.0);
+        if answers("hanging", "failure") == 100.0 {
+            assert!(answers("hanging", "not_asked") >= 1.0);
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}

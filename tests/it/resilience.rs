@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::support::upstream::{read_head, serving};
-use crate::support::{Client, Proxy, Raw, Reply, Upstream, eventually, get, shop, single};
+use crate::support::{Client, Proxy, Raw, Reply, Upstream, eventually, explain, get, shop, single};
 
 const OVERRIDE: &str = "    gray: { override: { header: x-version } }\n";
 
@@ -113,6 +113,35 @@ async fn after_five_failures_the_canary_is_ejected_and_its_users_are_failed_over
     assert!(line.unwrap().ends_with(" 0"), "{line:?}");
 }
 
+/// Its testers have a host where it is the baseline.
+#[tokio::test]
+async fn a_canary_with_a_route_of_its_own_is_ejected_from_the_others_all_the_same() {
+    let stable = Upstream::start("stable").await;
+    let own = "  - name: testers
+    hostnames: [testers.example]
+    backendRefs: [ { name: shop-canary } ]
+    retry: { attempts: 0 }
+";
+    let proxy = Proxy::start(&shop(stable.address, refusing().await, ALL, own));
+    for _ in 0..5 {
+        assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    }
+    eventually("it is ejected", || {
+        canary(&proxy, "serin_ejections_total", &[]) == 1.0
+    })
+    .await;
+    let failures = || canary(&proxy, "serin_upstream_errors_total", &[]);
+    let before = failures();
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    assert_eq!(failures(), before);
+    let explained = explain(&proxy, "a", "/").await;
+    assert_eq!(explained["backends"][1]["available"], false);
+    // Its testers have nowhere else to go.
+    let reply = get(proxy.address(), "/", &[("host", "testers.example")]).await;
+    assert_eq!(reply.status, StatusCode::BAD_GATEWAY);
+    assert_eq!(failures(), before + 1.0);
+}
+
 #[tokio::test]
 async fn an_ejection_ends_and_requests_come_back() {
     let (stable, canary) = (
@@ -136,6 +165,58 @@ async fn an_ejection_ends_and_requests_come_back() {
     assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
     eventually("it is let in again", || !is_out(&proxy)).await;
     assert_eq!(send(&proxy, Method::GET, "/").await.text(), "canary");
+}
+
+#[tokio::test]
+async fn users_come_back_by_and_by_to_a_canary_of_one_endpoint() {
+    let (stable, only) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let config = |slow_start: &str| {
+        let own = format!(
+            "version: '2', slowStart: {slow_start}, outlierDetection: {{ consecutiveFailures: 1, ejection: 100ms }},"
+        );
+        shop(stable.address, only.address, ALL, "").replace("version: '2',", &own)
+    };
+    let proxy = Proxy::start(&config("1000h"));
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "canary");
+    send(&proxy, Method::GET, "/status/500").await;
+    let is_in = || proxy.app().live().load().backends[1].is_available();
+    eventually("it is ejected", || !is_in()).await;
+    eventually("it is let in again", is_in).await;
+    let failovers = [("cause", "slow_start")];
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    assert_eq!(canary(&proxy, "serin_failovers_total", &failovers), 1.0);
+    proxy.replace(&config("1ms")).await;
+    while send(&proxy, Method::GET, "/").await.text() != "canary" {}
+}
+
+#[tokio::test]
+async fn an_endpoint_that_was_ejected_leaves_and_comes_back_gets_requests() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let plain = shop(stable.address, canary.address, ALL, "");
+    let config = plain.replace(
+        "version: '2',",
+        "version: '2', outlierDetection: { consecutiveFailures: 1, ejection: 1h },",
+    );
+    let proxy = Proxy::start(&config);
+    // A request that goes on keeps all that it began with.
+    let mut held = Raw::connect(proxy.address()).await;
+    held.send("GET /hold HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    eventually("it is there", || canary.held() == 1).await;
+    send(&proxy, Method::GET, "/status/500").await;
+    let is_in = || proxy.app().live().load().backends[1].is_available();
+    eventually("it is ejected", || !is_in()).await;
+    let address = format!("'{}'", canary.address);
+    proxy.replace(&config.replace(&address, "")).await;
+    proxy.replace(&config).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "canary");
+    canary.release();
+    held.read_until("canary").await;
 }
 
 #[tokio::test]
@@ -325,6 +406,33 @@ async fn the_baseline_is_replaced_only_if_the_configuration_says_by_what() {
 }
 
 #[tokio::test]
+async fn a_baseline_without_an_endpoint_that_is_well_is_replaced_as_well() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let check = "version: '1', healthCheck: { http: { path: /status/500 }, interval: 1h },";
+    let config = |rest| {
+        let config = shop(stable.address, canary.address, (1, 0), rest);
+        config.replace("version: '1',", check)
+    };
+    let proxy = Proxy::start(&config(""));
+    let failures = [("backend", "shop-stable"), ("result", "failure")];
+    eventually("it is asked", || {
+        proxy.metric("serin_health_checks_total", &failures) == 1.0
+    })
+    .await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+    let failover = "    failover: { fromBaseline: shop-canary }\n";
+    proxy.replace(&config(failover)).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "canary");
+    // Two that are not well: the baseline goes on with what it has.
+    let disabled = config(failover).replace("version: '2',", "version: '2', disabled: true,");
+    proxy.replace(&disabled).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
+}
+
+#[tokio::test]
 async fn a_baseline_whose_endpoints_all_fail_goes_on_with_all_of_them() {
     let (one, other) = (Upstream::start("one").await, Upstream::start("other").await);
     let both = format!("'{}', '{}'", one.address, other.address);
@@ -420,6 +528,93 @@ async fn a_new_canary_gets_no_requests_before_it_is_found_healthy() {
     assert_eq!(send(&proxy, Method::GET, "/").await.text(), "canary");
     let answers = [("backend", "shop-canary"), ("result", "failure")];
     assert!(proxy.metric("serin_health_checks_total", &answers) >= 3.0);
+}
+
+/// A check of another endpoint goes on all the time.
+#[tokio::test]
+async fn an_endpoint_that_comes_back_is_asked_again_before_it_gets_requests() {
+    let (stable, staying, leaving) = (
+        Upstream::start("stable").await,
+        Upstream::start("staying").await,
+        Upstream::start("leaving").await,
+    );
+    let own = "version: '2', healthCheck: { http: { path: / }, interval: 1h },";
+    let config = shop(stable.address, staying.address, ALL, "").replace("version: '2',", own);
+    let one = format!("'{}'", staying.address);
+    let both = format!("{one}, '{}'", leaving.address);
+    let both = config.replace(&one, &both);
+    let proxy = Proxy::start(&both);
+    let usable = || {
+        let snapshot = proxy.app().live().load();
+        let endpoints = snapshot.backends[1].endpoints.iter();
+        endpoints.filter(|one| one.is_usable()).count()
+    };
+    eventually("both are healthy", || usable() == 2).await;
+    proxy.replace(&config).await;
+    proxy.replace(&both.replace("path: /", "path: /hold")).await;
+    eventually("it is asked", || leaving.held() == 1).await;
+    assert_eq!(usable(), 1);
+    for _ in 0..10 {
+        assert_eq!(send(&proxy, Method::GET, "/").await.text(), "staying");
+    }
+    staying.release();
+    leaving.release();
+}
+
+#[tokio::test]
+async fn a_health_check_says_which_statuses_are_good() {
+    let (stable, canary) = (
+        Upstream::start("stable").await,
+        Upstream::start("canary").await,
+    );
+    let config = |statuses: &str| {
+        let own = format!(
+            "version: '2', healthCheck: {{ http: {{ path: /status/404, statuses: [{statuses}] }}, interval: 20ms, unhealthyAfter: 1, healthyAfter: 1 }},"
+        );
+        shop(stable.address, canary.address, ALL, "").replace("version: '2',", &own)
+    };
+    let proxy = Proxy::start(&config("204, 404"));
+    let is_in = || proxy.app().live().load().backends[1].is_available();
+    eventually("404 is good", is_in).await;
+    proxy.replace(&config("200")).await;
+    eventually("404 is bad", || !is_in()).await;
+    proxy.replace(&config("404")).await;
+    eventually("404 is good again", is_in).await;
+    // Where nothing is said, a success is.
+    proxy.replace(&config("")).await;
+    eventually("404 is no success", || !is_in()).await;
+}
+
+#[tokio::test]
+async fn below_the_panic_threshold_all_endpoints_of_a_baseline_get_requests() {
+    let (one, other) = (Upstream::start("one").await, Upstream::start("other").await);
+    let both = format!("'{}', '{}'", one.address, other.address);
+    let config = |percent: u32| {
+        let own = format!(
+            "version: '1', panicThresholdPercent: {percent}, outlierDetection: {{ consecutiveFailures: 1, maxEjectedPercent: 100, ejection: 1h }},"
+        );
+        single(one.address, "    retry: { attempts: 0 }\n")
+            .replace(&format!("'{}'", one.address), &both)
+            .replace("version: '1',", &own)
+    };
+    let proxy = Proxy::start(&config(50));
+    let ejected = || proxy.metric("serin_ejections_total", &[("backend", "only")]);
+    send(&proxy, Method::GET, "/status/500").await;
+    eventually("one is ejected", || ejected() == 1.0).await;
+    // A half is not less than a half.
+    let well = send(&proxy, Method::GET, "/").await;
+    for _ in 0..20 {
+        assert_eq!(send(&proxy, Method::GET, "/").await.text(), well.text());
+    }
+    proxy.replace(&config(51)).await;
+    while send(&proxy, Method::GET, "/").await.text() == well.text() {}
+    proxy.replace(&config(0)).await;
+    send(&proxy, Method::GET, "/status/500").await;
+    eventually("both are ejected", || ejected() == 2.0).await;
+    let reply = send(&proxy, Method::GET, "/").await;
+    assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
+    proxy.replace(&config(1)).await;
+    assert_eq!(send(&proxy, Method::GET, "/").await.status, StatusCode::OK);
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use crate::config::document::Path;
 use crate::config::{Backend, file, value};
 
 use super::Checker;
-use super::resilience::{Baselines, Resilience};
+use super::resilience::{Resilience, Roles};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -19,7 +19,7 @@ impl Checker<'_> {
     pub(super) fn backend(
         &mut self,
         backend: &file::Backend,
-        baselines: &Baselines<'_>,
+        roles: &Roles<'_>,
         at: &Path,
     ) -> Option<Backend> {
         let name = self.name(&backend.name, at);
@@ -39,7 +39,7 @@ impl Checker<'_> {
         let connections = self.connection_policy(backend, at);
         let transport = self.transport(backend, at);
         let (transport, own_certificate) = transport.unzip();
-        let resilience = self.resilience(backend, baselines, at);
+        let resilience = self.resilience(backend, roles, at);
         let Resilience {
             gate_limits,
             health_check,

@@ -51,7 +51,8 @@ const STATUSES: RangeInclusive<u16> = 200..=599;
 const FAILURES: RangeInclusive<u16> = 400..=599;
 
 /// What protects a baseline and would harm another version: with too few endpoints it goes on with
-/// all of them, while users of another version have the baseline to go to.
+/// all of them, while users of another version have the baseline to go to. A backend may be both, for
+/// different routes.
 struct Role {
     /// Slow clients hold on to places as stuck endpoints do: of a baseline they must not take all.
     in_flight: usize,
@@ -71,23 +72,45 @@ impl Role {
         panic_percent: 0,
     };
 
-    fn of(backend: &file::Backend, baselines: &Baselines<'_>) -> Self {
-        if baselines.contains(&*backend.name) {
-            Self::BASELINE
-        } else {
-            Self::OTHER
+    /// All its endpoints may be ejected, which those of whom it is the baseline do not notice.
+    const BOTH: Self = Self {
+        most_ejected_percent: 100,
+        ..Self::BASELINE
+    };
+
+    fn of(backend: &file::Backend, roles: &Roles<'_>) -> Self {
+        let name = &*backend.name;
+        match (roles.baselines.contains(name), roles.others.contains(name)) {
+            (true, false) => Self::BASELINE,
+            (true, true) => Self::BOTH,
+            (false, _) => Self::OTHER,
         }
     }
 }
 
-/// The backends that are the baseline of some route: found once, since there may be many of both.
-pub(super) type Baselines<'f> = HashSet<&'f str>;
+/// What backends are to routes: found once, since there may be many of both.
+pub(super) struct Roles<'f> {
+    /// Those that are the baseline of some route.
+    baselines: HashSet<&'f str>,
+    /// Those that are another version of some route.
+    others: HashSet<&'f str>,
+}
 
-pub(super) fn baselines(routes: &[file::Route]) -> Baselines<'_> {
-    let first = routes
-        .iter()
-        .filter_map(|route| route.backend_refs.get(BASELINE));
-    first.map(|one| &*one.name).collect()
+pub(super) fn roles(routes: &[file::Route]) -> Roles<'_> {
+    let mut roles = Roles {
+        baselines: HashSet::new(),
+        others: HashSet::new(),
+    };
+    for route in routes {
+        for (position, one) in route.backend_refs.iter().enumerate() {
+            if position == BASELINE {
+                roles.baselines.insert(&*one.name);
+            } else {
+                roles.others.insert(&*one.name);
+            }
+        }
+    }
+    roles
 }
 
 /// What of a backend is about endpoints that fail.
@@ -103,10 +126,10 @@ impl Checker<'_> {
     pub(super) fn resilience(
         &mut self,
         backend: &file::Backend,
-        baselines: &Baselines<'_>,
+        roles: &Roles<'_>,
         at: &Path,
     ) -> Option<Resilience> {
-        let role = Role::of(backend, baselines);
+        let role = Role::of(backend, roles);
         let gate_limits = self.gate_limits(&backend.limits, role.in_flight, &at.key("limits"));
         let health_check = match &backend.health_check {
             Some(check) => {
