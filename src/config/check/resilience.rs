@@ -339,6 +339,7 @@ impl Checker<'_> {
         Some((!outliers.disabled).then_some(policy))
     }
 
+    /// A number within bounds; no more than what fits is no bound.
     fn within(
         &mut self,
         count: Option<u32>,
@@ -348,12 +349,11 @@ impl Checker<'_> {
     ) -> Option<u32> {
         let count = count.unwrap_or(default);
         if !bounds.contains(&count) {
-            let (least, most) = (bounds.start(), bounds.end());
-            self.error(
-                at,
-                format!("{count} is not between {least} and {most}"),
-                None,
-            );
+            let message = match (bounds.start(), bounds.end()) {
+                (least, &u32::MAX) => format!("{count} is less than {least}"),
+                (least, most) => format!("{count} is not between {least} and {most}"),
+            };
+            self.error(at, message, None);
             return None;
         }
         Some(count)
