@@ -174,11 +174,6 @@ impl Backend {
         parts.fold(0.0, f64::max)
     }
 
-    /// As [`choose_within`](Self::choose_within), with the backend's own threshold.
-    pub fn choose(&self, die: u64, now: Instant, failed: &[EndpointId]) -> Option<&Arc<Endpoint>> {
-        self.choose_within(self.panic_threshold, die, now, failed)
-    }
-
     /// Chooses an endpoint for one request: of two drawn by lot the one with fewer requests in
     /// flight (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001). `None`
     /// when it takes no requests.
@@ -186,7 +181,7 @@ impl Backend {
     /// Those that are not usable are left out, as long as enough are: below the panic threshold all
     /// but new ones take part, since the few that are left would fail under the load of all. So are
     /// those that have `failed` this request before, unless there is no other.
-    pub fn choose_within(
+    pub fn choose(
         &self,
         panic_threshold: Ratio,
         die: u64,
@@ -213,7 +208,7 @@ impl Backend {
         }
     }
 
-    /// As [`choose_within`](Self::choose_within), looking at all endpoints.
+    /// As [`choose`](Self::choose_within), looking at all endpoints.
     fn choose_carefully(
         &self,
         panic_threshold: Ratio,
@@ -418,7 +413,7 @@ mod tests {
     }
 
     fn choose(backend: &Backend, die: u64) -> Option<&Arc<Endpoint>> {
-        backend.choose(die, Instant::now(), &[])
+        backend.choose(backend.panic_threshold, die, Instant::now(), &[])
     }
 
     fn lease(backend: &Backend, die: u64) -> Lease {
@@ -431,7 +426,7 @@ mod tests {
         let mut dice = fastrand::Rng::with_seed(1);
         let mut counts = vec![0; backend.endpoints.len()];
         for _ in 0..10_000 {
-            let chosen = backend.choose(dice.u64(..), now, failed);
+            let chosen = backend.choose(backend.panic_threshold, dice.u64(..), now, failed);
             let position = chosen.and_then(|chosen| {
                 let mut all = backend.endpoints.iter();
                 all.position(|endpoint| endpoint.id == chosen.id)

@@ -637,10 +637,10 @@ impl RouteTarget {
         self.backend.unavailability(threshold).is_none()
     }
 
-    /// Chooses an endpoint for one request of this route; see [`Backend::choose_within`].
+    /// Chooses an endpoint for one request of this route; see [`Backend::choose`].
     pub fn choose(&self, die: u64, now: Instant, failed: &[EndpointId]) -> Option<&Arc<Endpoint>> {
         let threshold = self.panic_threshold;
-        self.backend.choose_within(threshold, die, now, failed)
+        self.backend.choose(threshold, die, now, failed)
     }
 }
 

@@ -38,7 +38,7 @@ use crate::telemetry::metrics::{Level, Metrics};
 use connect::{Connected, Dial, connect};
 use room::{Place, Room};
 use shared::{Claim, Opening, Shared};
-pub use shortage::Shortage;
+pub use shortage::{Shortage, is_exhaustion};
 
 /// The connections of one worker.
 #[derive(Debug)]
@@ -178,6 +178,13 @@ struct Opener<B> {
 }
 
 // === impl SendError ===
+
+impl SendError {
+    /// True when nothing was sent for what this machine lacks: that says nothing of the endpoint.
+    pub fn is_own_shortage(&self) -> bool {
+        matches!(self, Self::Connect(error) if is_exhaustion(error))
+    }
+}
 
 impl fmt::Display for SendError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -11,6 +11,7 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
+use http::StatusCode;
 use tokio::time::Instant;
 
 use crate::routing::split::Ratio;
@@ -156,6 +157,18 @@ impl Cause {
     }
 }
 
+/// True for a status that says that the endpoint has failed. The others of 5xx a client brings about by
+/// what he asks for: an odd method, a version, or a way in circles.
+pub fn is_failure(status: StatusCode) -> bool {
+    let is_asked_for = matches!(
+        status,
+        StatusCode::NOT_IMPLEMENTED
+            | StatusCode::HTTP_VERSION_NOT_SUPPORTED
+            | StatusCode::LOOP_DETECTED
+    );
+    status.is_server_error() && !is_asked_for
+}
+
 /// The logarithm of a latency, of which the average is taken: that of base 2 in parts of
 /// 1/256, linear between its whole numbers (Mitchell, "Computer Multiplication and Division Using
 /// Binary Logarithms", 1962), since those are the upper bits of a float.
@@ -294,6 +307,13 @@ mod tests {
     fn a_share_of_endpoints_is_never_more_than_that() {
         let counts: Vec<usize> = (0..6).map(|all| most_ejected(all, &POLICY)).collect();
         assert_eq!(counts, [0, 0, 1, 1, 2, 2]);
+    }
+
+    #[test]
+    fn what_a_client_provokes_is_no_failure() {
+        let failures = (400..600).filter(|code| is_failure(StatusCode::from_u16(*code).unwrap()));
+        let among: Vec<u16> = failures.filter(|code| *code < 512).collect();
+        assert_eq!(among, [500, 502, 503, 504, 506, 507, 509, 510, 511]);
     }
 
     proptest! {

@@ -205,7 +205,7 @@ impl Drop for Running {
 impl Complaint {
     fn of(error: SendError) -> Self {
         let reason = error.to_string();
-        if probe::is_own_shortage(&error) {
+        if error.is_own_shortage() {
             Self::Shortage(reason)
         } else {
             Self::Endpoint(reason)

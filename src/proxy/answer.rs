@@ -8,6 +8,7 @@ use http::{Response, StatusCode, Version};
 use hyper::body::Incoming;
 
 use crate::backend::Lease;
+use crate::backend::outlier::is_failure;
 use crate::upstream::Loan;
 
 use super::body::{Held, ReplyBody, RequestBody, UpstreamBody};
@@ -101,7 +102,7 @@ impl Answer {
         let Some(tunnel) = tunnel else {
             let deadline = limits.into_deadline();
             // What a failure says of the endpoint is known already.
-            let latency = Some(latency).filter(|_| !response.status().is_server_error());
+            let latency = Some(latency).filter(|_| !is_failure(response.status()));
             return response.map(|body| {
                 let held = Held::new(exchange, lease, loan, latency);
                 ReplyBody::Upstream(Box::new(UpstreamBody::new(body, held, deadline, stay)))

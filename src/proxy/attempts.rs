@@ -13,6 +13,7 @@ use hyper::body::{Body, Incoming};
 use tokio::time::{Instant, timeout};
 
 use crate::backend::gate::{Pass, RetryPass};
+use crate::backend::outlier::is_failure;
 use crate::backend::{Crowded, Endpoint, EndpointId, Lease, UpstreamProtocol};
 use crate::routing::rescue::{Case, Remedy, Trouble};
 use crate::routing::{BASELINE, Reason};
@@ -105,7 +106,7 @@ impl<'s> Tried<'s> {
         sent: Result<(Response<Incoming>, Loan<RequestBody>), ProxyError>,
     ) -> Self {
         let is_failure = match &sent {
-            Ok((response, _)) => response.status().is_server_error(),
+            Ok((response, _)) => is_failure(response.status()),
             Err(error) => error.blames_endpoint(),
         };
         if is_failure {
@@ -386,8 +387,7 @@ impl<'s> Again<'s> {
     }
 
     fn choose(&self, way: Way<'_>, target: &'s RouteTarget) -> Option<&'s Arc<Endpoint>> {
-        let backend = &target.backend;
-        backend.choose(way.proxy.roll(), Instant::now(), &self.failed)
+        target.choose(way.proxy.roll(), Instant::now(), &self.failed)
     }
 
     /// Takes note that an attempt is given up for the next one.

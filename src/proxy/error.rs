@@ -11,7 +11,7 @@ use tracing::debug;
 
 use crate::backend::Crowded;
 use crate::routing::rescue::Trouble;
-use crate::upstream::SendError;
+use crate::upstream::{SendError, is_exhaustion};
 
 use super::admission;
 use super::body::{BodyState, Progress, ReplyBody};
@@ -385,17 +385,4 @@ fn connect_token(error: &io::Error) -> &'static str {
 /// What went wrong in a TLS handshake.
 fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref()?.downcast_ref()
-}
-
-/// True for what this machine lacks, whatever the endpoint does.
-fn is_exhaustion(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    let lacks = [
-        Errno::MFILE,
-        Errno::NFILE,
-        Errno::ADDRNOTAVAIL,
-        Errno::NOBUFS,
-        Errno::NOMEM,
-    ];
-    Errno::from_io_error(error).is_some_and(|errno| lacks.contains(&errno))
 }

@@ -12,7 +12,7 @@ use crate::backend::{Endpoint, Transport};
 use crate::telemetry::metrics::Level;
 
 use super::connect::{Connected, Counted, Dial, connect as make};
-use super::{Needs, SendError, shape, shortage};
+use super::{Needs, SendError, shape};
 
 const NEEDS: Needs = Needs {
     trailers: true,
@@ -70,11 +70,6 @@ where
         }
     };
     response.map_err(SendError::Exchange)
-}
-
-/// True when a question has not been put for what this machine lacks: that says nothing of the endpoint.
-pub fn is_own_shortage(error: &SendError) -> bool {
-    shortage::is_own(error)
 }
 
 /// Connections that ask are none of those that serve.

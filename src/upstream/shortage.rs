@@ -1,6 +1,7 @@
 //! What to do when there is no file descriptor for a connection to an endpoint: connections that are
 //! only kept for later give way, those of all workers.
 
+use std::io;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -43,8 +44,8 @@ impl Shortage {
     }
 }
 
-/// True when a connection failed for what this machine lacks, whatever its endpoint does.
-pub(super) fn is_own(error: &SendError) -> bool {
+/// True for what this machine lacks, whatever an endpoint does.
+pub fn is_exhaustion(error: &io::Error) -> bool {
     let lacks = [
         Errno::MFILE,
         Errno::NFILE,
@@ -52,7 +53,7 @@ pub(super) fn is_own(error: &SendError) -> bool {
         Errno::NOBUFS,
         Errno::NOMEM,
     ];
-    errno(error).is_some_and(|errno| lacks.contains(&errno))
+    Errno::from_io_error(error).is_some_and(|errno| lacks.contains(&errno))
 }
 
 fn lacks_descriptors(error: &SendError) -> bool {
@@ -68,24 +69,22 @@ fn errno(error: &SendError) -> Option<Errno> {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use super::*;
 
     #[test]
     fn what_this_machine_lacks_is_told_from_what_the_endpoint_does() {
-        let failed = |errno: Errno| SendError::Connect(io::Error::from(errno));
+        let is_own = |errno: Errno| SendError::Connect(io::Error::from(errno)).is_own_shortage();
         for errno in [
             Errno::MFILE,
             Errno::NFILE,
             Errno::ADDRNOTAVAIL,
             Errno::NOBUFS,
         ] {
-            assert!(is_own(&failed(errno)), "{errno}");
+            assert!(is_own(errno), "{errno}");
         }
         for errno in [Errno::CONNREFUSED, Errno::HOSTUNREACH, Errno::CONNRESET] {
-            assert!(!is_own(&failed(errno)), "{errno}");
+            assert!(!is_own(errno), "{errno}");
         }
-        assert!(!is_own(&SendError::ConnectTimeout));
+        assert!(!SendError::ConnectTimeout.is_own_shortage());
     }
 }
