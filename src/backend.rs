@@ -208,7 +208,7 @@ impl Backend {
         }
     }
 
-    /// As [`choose`](Self::choose_within), looking at all endpoints.
+    /// As [`choose`](Self::choose), looking at all endpoints.
     fn choose_carefully(
         &self,
         panic_threshold: Ratio,

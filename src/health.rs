@@ -1,8 +1,8 @@
 //! Takes endpoints out that are not well, and lets them in again: the one place that does.
 //!
 //! Two jobs on the control thread. [`Watch`] looks at what requests have counted, regularly, and at a
-//! single endpoint when one of them raises the alarm for it; [`checks`] asks endpoints whose backends say so. Neither publishes
-//! anything: an endpoint's state is read by every request that might go there.
+//! single endpoint when one of them raises the alarm for it; [`checks`] asks endpoints whose backends
+//! say so. Neither publishes anything: an endpoint's state is read by every request that might go there.
 
 pub mod checks;
 

@@ -610,7 +610,9 @@ impl Route {
         let cause = backend.unavailability(NEVER);
         cause.or_else(|| {
             // There is nobody else who could take the rest of a baseline's.
-            let is_whole = decision.target == BASELINE || backend.part(now) >= 1.0;
+            // And who asks for a version wants to see that one.
+            let is_bound = decision.target == BASELINE || decision.reason == Reason::Override;
+            let is_whole = is_bound || backend.part(now) >= 1.0;
             let is_early = !is_whole && backend.part(now) <= turn(decision, dice);
             is_early.then_some(Unavailability::SlowStart)
         })

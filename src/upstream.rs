@@ -38,7 +38,7 @@ use crate::telemetry::metrics::{Level, Metrics};
 use connect::{Connected, Dial, connect};
 use room::{Place, Room};
 use shared::{Claim, Opening, Shared};
-pub use shortage::{Shortage, is_exhaustion};
+pub use shortage::{Shortage, is_exhaustion, lacks_ports};
 
 /// The connections of one worker.
 #[derive(Debug)]
@@ -80,6 +80,8 @@ struct Idle<B> {
 struct Dedicated<B> {
     sender: SendRequest<B>,
     task: AbortHandle,
+    /// It has brought a response.
+    has_served: bool,
 }
 
 /// What carries one request.
@@ -140,6 +142,9 @@ pub enum SendError {
     ConnectTimeout,
     /// The connection broke, or what came over it was no HTTP.
     Exchange(hyper::Error),
+    /// A connection of HTTP/1.1 that has served others closed instead of an answer: most likely as it had
+    /// been idle for long, just when the request was sent.
+    Stale(hyper::Error),
     /// The endpoint has not begun with the request: it closed the new connection that was made for it,
     /// or takes none over that.
     Unsent(hyper::Error),
@@ -191,9 +196,10 @@ impl fmt::Display for SendError {
         match self {
             Self::Connect(error) => write!(f, "cannot connect: {error}"),
             Self::ConnectTimeout => f.write_str("the connection did not stand in time"),
-            Self::Exchange(error) | Self::Unsent(error) | Self::Refused(error) => {
-                write!(f, "{error}")
-            }
+            Self::Exchange(error)
+            | Self::Stale(error)
+            | Self::Unsent(error)
+            | Self::Refused(error) => write!(f, "{error}"),
             Self::Crowded => f.write_str("no connection became free in time"),
             Self::NoTunnel => f.write_str("the endpoint takes no extended CONNECT"),
         }
@@ -616,34 +622,71 @@ impl<B> Connection<B> {
     }
 
     /// It has brought a response.
-    fn serves(&self) {
-        if let Self::Http2(claim) = self {
-            claim.serves();
+    fn serves(&mut self) {
+        match self {
+            Self::Http1(dedicated) => dedicated.has_served = true,
+            Self::Http2(claim) => claim.serves(),
         }
     }
 
     /// What an error means that came over it.
     fn broken_by(&self, error: hyper::Error) -> SendError {
-        match self {
-            Self::Http2(claim) if is_refusal(&error) && claim.has_served() => {
-                SendError::Refused(error)
+        let (claim, refusal) = match (self, Refusal::of(&error)) {
+            (Self::Http2(claim), Some(refusal)) => (claim, refusal),
+            (Self::Http1(dedicated), _) if dedicated.has_served && is_end(&error) => {
+                return SendError::Stale(error);
             }
-            Self::Http2(_) if is_refusal(&error) => SendError::Unsent(error),
-            _ => SendError::Exchange(error),
+            _ => return SendError::Exchange(error),
+        };
+        let is_usual = match refusal {
+            // It has too many at a time.
+            Refusal::Request => claim.is_serving(),
+            // It has come to its end.
+            Refusal::Connection => claim.has_served(),
+        };
+        if is_usual {
+            SendError::Refused(error)
+        } else {
+            SendError::Unsent(error)
         }
     }
 }
 
-/// True when an endpoint of HTTP/2 has not begun with the request: it has refused it, or has taken its
-/// leave before it came (RFC 9113 sections 6.8 and 8.7).
-fn is_refusal(error: &hyper::Error) -> bool {
-    let cause =
-        std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<h2::Error>());
-    cause.is_some_and(|cause| {
-        let refused = cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM);
-        let left = cause.is_go_away() && cause.reason() == Some(h2::Reason::NO_ERROR);
-        cause.is_remote() && (refused || left)
-    })
+/// True when a connection ended where a response should have begun.
+fn is_end(error: &hyper::Error) -> bool {
+    let cause = std::error::Error::source(error);
+    let cause = cause.and_then(|cause| cause.downcast_ref::<std::io::Error>());
+    let is_reset = cause.is_some_and(|cause| {
+        use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+        matches!(
+            cause.kind(),
+            BrokenPipe | ConnectionAborted | ConnectionReset
+        )
+    });
+    error.is_incomplete_message() || error.is_closed() || is_reset
+}
+
+/// How an endpoint of HTTP/2 says that it has not begun with a request.
+#[derive(Clone, Copy, Debug)]
+enum Refusal {
+    /// It has refused this one (RFC 9113 section 8.7).
+    Request,
+    /// It has taken its leave before this one came (section 6.8).
+    Connection,
+}
+
+// === impl Refusal ===
+
+impl Refusal {
+    fn of(error: &hyper::Error) -> Option<Self> {
+        let cause = std::error::Error::source(error)?.downcast_ref::<h2::Error>()?;
+        match cause.reason() {
+            _ if !cause.is_remote() => None,
+            Some(h2::Reason::REFUSED_STREAM) if cause.is_reset() => Some(Self::Request),
+            Some(h2::Reason::NO_ERROR) if cause.is_go_away() => Some(Self::Connection),
+            _ => None,
+        }
+    }
 }
 
 // === impl Either ===

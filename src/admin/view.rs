@@ -14,6 +14,7 @@ use crate::config::{ConfigFile, Problem, Problems};
 use crate::control::{Status, Watching};
 use crate::explain::Question;
 use crate::routing::BASELINE;
+use crate::routing::split::Ratio;
 use crate::snapshot::{Route, Snapshot};
 
 use discovery::{Discovered, EndpointsFileView, NameView, OriginView};
@@ -314,7 +315,7 @@ impl BackendView {
             name: backend.name.to_string(),
             version: backend.version.to_string(),
             disabled: backend.disabled,
-            available: backend.is_available(),
+            available: backend.unavailability(Ratio(0)).is_none(),
             in_flight: backend.gate.inside(),
             queued: backend.gate.waiting(),
             endpoints: backend.endpoints.iter().map(endpoint).collect(),

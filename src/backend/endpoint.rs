@@ -189,7 +189,7 @@ impl Endpoint {
     pub fn readmit(&self, now: Instant) -> bool {
         let is_over = self.is_impeded_by(Impediment::Ejected) && self.record().ends(now);
         if is_over {
-            self.relieve(Impediment::Ejected, now);
+            self.let_in(now);
         }
         is_over
     }
@@ -199,9 +199,16 @@ impl Endpoint {
         let is_ejected = self.is_impeded_by(Impediment::Ejected);
         if is_ejected {
             self.record().pardon();
-            self.relieve(Impediment::Ejected, now);
+            self.let_in(now);
         }
         is_ejected
+    }
+
+    /// What was still in flight when it was ejected has failed since, and must not eject it again.
+    fn let_in(&self, now: Instant) {
+        let failures = &self.tally.consecutive_failures;
+        failures.store(0, Ordering::Relaxed);
+        self.relieve(Impediment::Ejected, now);
     }
 
     /// It has got through an interval: one of its ejections is forgotten.
@@ -283,6 +290,7 @@ impl Lease {
 
     /// The same place at the backend, for a request that goes to another one of its endpoints now.
     pub fn moved_to(mut self, endpoint: &Arc<Endpoint>) -> Self {
+        debug_assert!(Arc::ptr_eq(&self.endpoint.gate, &endpoint.gate));
         endpoint.in_flight.fetch_add(1, Ordering::Relaxed);
         self.endpoint.in_flight.fetch_sub(1, Ordering::Relaxed);
         self.endpoint = Arc::clone(endpoint);
@@ -302,12 +310,19 @@ impl Lease {
             .fetch_add(log_latency(latency), Ordering::Relaxed);
     }
 
-    /// The endpoint has failed: it could not be reached, did not answer as it should or in time, or
-    /// said that it cannot.
-    pub fn failed(&self) {
+    /// It has not answered within the little time that was left. That counts where endpoints are compared
+    /// with each other, but is none of the failures in a row that alone eject one.
+    pub fn was_slow(&self) {
         let tally = &self.endpoint.tally;
         tally.requests.fetch_add(1, Ordering::Relaxed);
         tally.failures.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The endpoint has failed: it could not be reached, did not answer as it should or in time, or
+    /// said that it cannot.
+    pub fn failed(&self) {
+        self.was_slow();
+        let tally = &self.endpoint.tally;
         let failures = tally.consecutive_failures.fetch_add(1, Ordering::Relaxed) + 1;
         let alarm_at = tally.alarm_at.load(Ordering::Relaxed);
         if alarm_at > 0 && failures >= alarm_at && !tally.is_alarming.swap(true, Ordering::Relaxed)

@@ -49,7 +49,7 @@ const SERVING: i32 = 1;
 
 /// So many are asked at a time; the others wait for their turn. Each takes a descriptor, and it is the
 /// thread of control that asks.
-const MOST_AT_A_TIME: usize = 256;
+pub const MOST_AT_A_TIME: usize = 256;
 
 /// The longest until an endpoint is asked again that could not be asked.
 const SHORTAGE_PAUSE: Duration = Duration::from_secs(1);

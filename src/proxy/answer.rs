@@ -52,8 +52,9 @@ pub(super) fn answered(
     exchange: &mut Exchange,
 ) -> Result<Heard, ProxyError> {
     let checked = checked(response, wish);
+    let is_counted = is_failure(response.status());
     let (ends, survey) = checked.inspect_err(|error| {
-        if error.blames_endpoint() {
+        if error.blames_endpoint() && !is_counted {
             lease.failed();
         }
     })?;

@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout};
 use crate::backend::gate::{Pass, RetryPass};
 use crate::backend::outlier::is_failure;
 use crate::backend::{Crowded, Endpoint, EndpointId, Lease, UpstreamProtocol};
-use crate::routing::rescue::{Case, Remedy, Trouble};
+use crate::routing::rescue::{Case, Remedy, Retry, Trouble};
 use crate::routing::{BASELINE, Reason};
 use crate::snapshot::{Route, RouteTarget};
 use crate::upstream::{Addresses, Loan, Needs};
@@ -105,12 +105,11 @@ impl<'s> Tried<'s> {
         lease: Lease,
         sent: Result<(Response<Incoming>, Loan<RequestBody>), ProxyError>,
     ) -> Self {
-        let is_failure = match &sent {
-            Ok((response, _)) => is_failure(response.status()),
-            Err(error) => error.blames_endpoint(),
-        };
-        if is_failure {
-            lease.failed();
+        match &sent {
+            Ok((response, _)) if is_failure(response.status()) => lease.failed(),
+            Err(error) if error.blames_endpoint() => lease.failed(),
+            Err(ProxyError::OutOfTime) => lease.was_slow(),
+            _ => {}
         }
         let outcome = match sent {
             Ok((response, loan)) => Ok(Responded {
@@ -151,15 +150,27 @@ impl<'s> Tried<'s> {
     }
 
     /// The request's body from its beginning, as soon as whoever has sent it lets go of it; `None` if
-    /// that takes too long.
+    /// that takes too long, or it cannot be sent again by then.
     async fn body(&self, progress: &mut Progress) -> Option<RequestBody> {
+        if !progress.is_whole() {
+            return None;
+        }
+        // Nothing more of it is sent from here on: what is whole stays whole.
         if let Ok(responded) = &self.outcome
             && !progress.is_sent()
         {
             responded.loan.interrupt();
         }
         let body = RequestBody::again(progress, Instant::now());
-        timeout(LETTING_GO, body).await.ok()
+        timeout(LETTING_GO, body).await.ok().flatten()
+    }
+
+    /// Leaves the place of an attempt that has failed: at the baseline there is another one, and to hold
+    /// this one while waiting for that would keep others out for nothing.
+    fn leave_place(&mut self) {
+        if let Err(failed) = &mut self.outcome {
+            failed.lease = None;
+        }
     }
 
     /// Lets go of it, but for its place, since there is another attempt; `was_sent` with all of the
@@ -237,7 +248,7 @@ impl<'s> Again<'s> {
             let lease = tried.lease();
             self.failed.extend(lease.map(|lease| lease.endpoint().id));
             tried.count_shortage(exchange);
-            let next = self.next(way, trouble, &tried, &progress, exchange);
+            let next = self.next(way, trouble, &mut tried, &progress, exchange);
             let Some(next) = next.await else {
                 break;
             };
@@ -271,7 +282,9 @@ impl<'s> Again<'s> {
         match self.enter(way, target, exchange).await {
             Ok((endpoint, pass)) => {
                 // Nobody has sent it yet.
-                let body = RequestBody::again(&mut progress, Instant::now()).await;
+                let Some(body) = RequestBody::again(&mut progress, Instant::now()).await else {
+                    return Tried::failed(target, ProxyError::RequestBody);
+                };
                 let lease = endpoint.lease(pass);
                 self.attempt(way, target, lease, body, &progress, exchange)
                     .await
@@ -285,7 +298,7 @@ impl<'s> Again<'s> {
         &mut self,
         way: Way<'_>,
         trouble: Trouble,
-        tried: &Tried<'s>,
+        tried: &mut Tried<'s>,
         progress: &Progress,
         exchange: &Exchange,
     ) -> Option<Next<'s>> {
@@ -296,7 +309,10 @@ impl<'s> Again<'s> {
             }
             let next = match remedy {
                 Remedy::Retry => self.retry(way, trouble, &case, tried, exchange).await,
-                Remedy::Shield => self.shield(way, exchange).await,
+                Remedy::Shield => {
+                    tried.leave_place();
+                    self.shield(way, exchange).await
+                }
             };
             if next.is_some() {
                 return next;
@@ -317,8 +333,12 @@ impl<'s> Again<'s> {
     ) -> Option<Next<'s>> {
         let retry = &self.route.rescue.retry;
         let target = tried.target;
-        let budget = target.backend.gate.try_retry(&retry.budget);
-        if budget.is_none() {
+        let gate = &target.backend.gate;
+        let is_on_budget = Retry::is_on_budget(trouble);
+        let budget = is_on_budget
+            .then(|| gate.try_retry(&retry.budget))
+            .flatten();
+        if is_on_budget && budget.is_none() {
             exchange.retried(false);
             return None;
         }
@@ -374,12 +394,11 @@ impl<'s> Again<'s> {
         let end = way.limits.deadline;
         let pass = backend.gate.enter(&backend.gate_limits, end).await;
         let pass = pass.map_err(|why| {
-            exchange.found_no_room(target, why);
             if way.limits.is_over() {
-                ProxyError::OutOfTime
-            } else {
-                ProxyError::Crowded(why)
+                return ProxyError::OutOfTime;
             }
+            exchange.found_no_room(target, why);
+            ProxyError::Crowded(why)
         })?;
         // While it waited, the last one may have been taken out.
         let endpoint = self.choose(way, target).ok_or(ProxyError::NoEndpoint)?;

@@ -11,7 +11,7 @@ use tracing::debug;
 
 use crate::backend::Crowded;
 use crate::routing::rescue::Trouble;
-use crate::upstream::{SendError, is_exhaustion};
+use crate::upstream::{SendError, is_exhaustion, lacks_ports};
 
 use super::admission;
 use super::body::{BodyState, Progress, ReplyBody};
@@ -72,6 +72,8 @@ pub enum ProxyError {
     Refused(hyper::Error),
     /// The connection broke before the response.
     Terminated(hyper::Error),
+    /// So did one that had been idle: its endpoint may have closed it before the request came.
+    Stale(hyper::Error),
     /// The endpoint coded its response in a way that is not undone here.
     UnknownCoding,
     /// What the endpoint sent is no HTTP.
@@ -111,13 +113,16 @@ impl ProxyError {
             BodyState::Moving | BodyState::AwaitingClient => {}
         }
         match error {
-            SendError::Connect(error) if is_exhaustion(&error) => Self::Exhausted(error),
+            SendError::Connect(error) if is_exhaustion(&error) || lacks_ports(&error) => {
+                Self::Exhausted(error)
+            }
             SendError::Connect(error) => Self::Connect(error),
             SendError::ConnectTimeout => Self::ConnectTimeout,
             SendError::Crowded => Self::Crowded(Crowded::NoConnection),
             SendError::NoTunnel => Self::UpgradeFailed,
             SendError::Unsent(error) => Self::Unsent(error),
             SendError::Refused(error) => Self::Refused(error),
+            SendError::Stale(error) => Self::Stale(error),
             SendError::Exchange(error) if error.is_parse() => Self::Malformed(error),
             SendError::Exchange(error) => Self::Terminated(error),
         }
@@ -126,10 +131,12 @@ impl ProxyError {
     /// What it means for sending the request again; `None` where that is out of the question.
     pub fn trouble(&self) -> Option<Trouble> {
         match self {
+            Self::Exhausted(error) if lacks_ports(error) => Some(Trouble::Unsent),
             Self::NoEndpoint | Self::Crowded(_) | Self::Exhausted(_) => Some(Trouble::Unavailable),
             Self::Connect(_) | Self::ConnectTimeout | Self::Unsent(_) | Self::Refused(_) => {
                 Some(Trouble::Unsent)
             }
+            Self::Stale(_) => Some(Trouble::Stale),
             Self::Terminated(_) | Self::Malformed(_) => Some(Trouble::Broken),
             Self::Timeout => Some(Trouble::Timeout),
             _ => None,
@@ -174,6 +181,7 @@ impl ProxyError {
             | Self::Unsent(_)
             | Self::Refused(_)
             | Self::Terminated(_)
+            | Self::Stale(_)
             | Self::Malformed(_)
             | Self::UnknownCoding
             | Self::UnaskedUpgrade
@@ -204,7 +212,9 @@ impl ProxyError {
             Self::NoEndpoint => "destination_unavailable",
             Self::Connect(error) => connect_token(error),
             Self::ConnectTimeout => "connection_timeout",
-            Self::Unsent(_) | Self::Refused(_) | Self::Terminated(_) => "connection_terminated",
+            Self::Unsent(_) | Self::Refused(_) | Self::Terminated(_) | Self::Stale(_) => {
+                "connection_terminated"
+            }
             Self::Malformed(_) => "http_protocol_error",
             Self::UnknownCoding => "http_response_transfer_coding",
             Self::UnaskedUpgrade | Self::UpgradeFailed => "http_upgrade_failed",
@@ -244,9 +254,10 @@ impl ProxyError {
             }
             Self::Untranslatable => grpc::Status::INVALID_ARGUMENT,
             Self::ClientGone => grpc::Status::CANCELLED,
-            Self::Unsent(error) | Self::Refused(error) | Self::Terminated(error) => {
-                grpc::Status::from_broken(error)
-            }
+            Self::Unsent(error)
+            | Self::Refused(error)
+            | Self::Terminated(error)
+            | Self::Stale(error) => grpc::Status::from_broken(error),
             _ => grpc::Status::from_http(self.status()),
         }
     }
@@ -352,7 +363,9 @@ impl ProxyError {
             Self::Connect(_) => "the upstream cannot be reached",
             Self::ConnectTimeout => "the upstream did not accept the connection in time",
             Self::Crowded(_) => "the upstream has as many requests as it may have",
-            Self::Unsent(_) | Self::Terminated(_) => "the upstream closed the connection",
+            Self::Unsent(_) | Self::Terminated(_) | Self::Stale(_) => {
+                "the upstream closed the connection"
+            }
             Self::Refused(_) => "the upstream takes no more requests on this connection",
             Self::Malformed(_) => "the upstream's response is malformed",
             Self::UnknownCoding => "the upstream's response has an unknown transfer coding",

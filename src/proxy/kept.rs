@@ -9,7 +9,7 @@ use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 
-/// The head of a request.
+/// The head of a request. Each field stands behind the lengths of its name and of its value.
 #[derive(Debug)]
 pub(super) struct KeptHead {
     pub(super) method: Method,
@@ -17,9 +17,6 @@ pub(super) struct KeptHead {
     fields_at: usize,
     bytes: Vec<u8>,
 }
-
-/// Bytes before each field: the lengths of its name and of its value.
-const LENGTHS: usize = 8;
 
 /// What most heads fit into.
 const USUAL_HEAD: usize = 512;
@@ -35,8 +32,8 @@ impl KeptHead {
         for (name, value) in &parts.headers {
             let (name, value) = (name.as_str().as_bytes(), value.as_bytes());
             // A head is limited to far less than what fits.
-            bytes.extend_from_slice(&(name.len() as u32).to_ne_bytes());
-            bytes.extend_from_slice(&(value.len() as u32).to_ne_bytes());
+            let lengths = (name.len() as u64) << 32 | value.len() as u64;
+            bytes.extend_from_slice(&lengths.to_ne_bytes());
             bytes.extend_from_slice(name);
             bytes.extend_from_slice(value);
         }
@@ -73,11 +70,10 @@ impl KeptHead {
 
 /// The next field, and what is behind it.
 fn next(fields: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
-    let (lengths, rest) = fields.split_first_chunk::<LENGTHS>()?;
-    let (name, value) = lengths.split_first_chunk::<4>()?;
-    let length = |bytes: &[u8]| Some(u32::from_ne_bytes(bytes.try_into().ok()?) as usize);
-    let (name, rest) = rest.split_at_checked(length(name)?)?;
-    let (value, rest) = rest.split_at_checked(length(value)?)?;
+    let (lengths, rest) = fields.split_first_chunk()?;
+    let lengths = u64::from_ne_bytes(*lengths);
+    let (name, rest) = rest.split_at_checked((lengths >> 32) as usize)?;
+    let (value, rest) = rest.split_at_checked(lengths as u32 as usize)?;
     Some((name, value, rest))
 }
 

@@ -13,9 +13,10 @@ use super::body::{BodyState, Progress};
 use super::error::ProxyError;
 use super::timeouts::Timeout;
 
-/// How long an endpoint must have had before a deadline that the caller has set says anything of it:
-/// callers may set what they like, and must not be able to have endpoints taken out.
-const FAIR_TIME: Duration = Duration::from_secs(1);
+/// How long an endpoint must have had before a deadline that the caller has set counts as its failure:
+/// callers may set what they like, and must not be able to have endpoints taken out. A little less than
+/// the second that many set.
+const FAIR_TIME: Duration = Duration::from_millis(900);
 
 /// How long an exchange may take.
 pub(super) struct Limits {
@@ -73,15 +74,16 @@ impl Limits {
                     _ if progress.state() == BodyState::AwaitingClient => {
                         return Poll::Ready(Err(ProxyError::RequestStalled));
                     }
-                    _ => return Poll::Ready(Err(self.late(since))),
+                    // It was the endpoint's turn only since the body has moved.
+                    _ => return Poll::Ready(Err(self.late(since.max(progress.last())))),
                 }
             }
         })
         .await
     }
 
-    /// What it means that there is no response in time to what was sent at `since`: before that a
-    /// request may have waited for room, or been with somebody else.
+    /// What it means that there is no response in time from an endpoint whose turn it was at `since`:
+    /// before that a request may have waited for room or for its client, or been with somebody else.
     fn late(&self, since: Instant) -> ProxyError {
         let Some(end) = self.deadline.filter(|_| self.is_over()) else {
             return ProxyError::Timeout;

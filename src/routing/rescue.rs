@@ -14,6 +14,9 @@ use http::StatusCode;
 
 use super::split::Ratio;
 
+/// How many connections a request may find closed beyond its repetitions.
+const STALE_CONNECTIONS: u32 = 2;
+
 /// What is done about failed requests of a route.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rescue {
@@ -77,6 +80,8 @@ pub enum Trouble {
     Unsent,
     /// There is no telling what the endpoint did.
     Broken,
+    /// Nor is there here, but most likely it had closed the connection before, as it does with idle ones.
+    Stale,
     /// Nor is there here: the response did not come in time.
     Timeout,
     /// The endpoint has answered with this.
@@ -117,7 +122,7 @@ impl Rescue {
         let retries = self.retry.allows(trouble, case);
         let shields = self.shield.allows(trouble, case);
         // Another version is not waited for: it may be broken altogether.
-        let retries = retries && (case.has_others || !shields);
+        let retries = retries && (case.has_others || !shields || trouble == Trouble::Stale);
         let retry = retries.then_some(Remedy::Retry);
         retry.into_iter().chain(shields.then_some(Remedy::Shield))
     }
@@ -134,18 +139,24 @@ impl Rescue {
 impl Retry {
     /// The pause before a repetition, by a die from 0 to 1.
     pub fn pause(&self, trouble: Trouble, case: &Case, die: f64) -> Duration {
-        if trouble == Trouble::Unsent && case.has_others {
+        if trouble == Trouble::Stale || trouble == Trouble::Unsent && case.has_others {
             return Duration::ZERO;
         }
         let whole = self.backoff.saturating_mul(1 << case.retries.min(10));
         whole.mul_f64(0.5 + die.clamp(0.0, 1.0) / 2.0)
     }
 
+    /// True for a repetition that has to be within the budget. One that most likely nobody has seen adds
+    /// no load, and connections that are closed together must not fail their requests.
+    pub fn is_on_budget(trouble: Trouble) -> bool {
+        trouble != Trouble::Stale
+    }
+
     fn allows(&self, trouble: Trouble, case: &Case) -> bool {
         let is_covered = match trouble {
             Trouble::Unavailable => false,
             Trouble::Unsent => true,
-            Trouble::Broken => case.is_idempotent,
+            Trouble::Broken | Trouble::Stale => case.is_idempotent,
             // An endpoint that has answered, or is at its end, would do the same again.
             Trouble::Timeout => {
                 let as_if = StatusCode::GATEWAY_TIMEOUT;
@@ -155,7 +166,15 @@ impl Retry {
                 case.is_idempotent && case.has_others && self.codes.contains(&status)
             }
         };
-        is_covered && case.is_whole && case.retries < self.attempts
+        is_covered && case.is_whole && case.retries < self.most(trouble)
+    }
+
+    /// How often at most. Where an endpoint closes its idle connections, the next one may be one of them.
+    fn most(&self, trouble: Trouble) -> u32 {
+        match trouble {
+            Trouble::Stale if self.attempts > 0 => self.attempts + STALE_CONNECTIONS,
+            _ => self.attempts,
+        }
     }
 }
 
@@ -184,7 +203,7 @@ impl Shield {
     fn allows(&self, trouble: Trouble, case: &Case) -> bool {
         let is_covered = match trouble {
             Trouble::Unavailable | Trouble::Unsent => true,
-            Trouble::Broken | Trouble::Timeout => case.is_idempotent,
+            Trouble::Broken | Trouble::Stale | Trouble::Timeout => case.is_idempotent,
             // Whoever asks for a version wants to see what it says.
             Trouble::Status(status) => {
                 case.is_idempotent && !case.is_override && self.codes.contains(&status)
@@ -260,6 +279,29 @@ mod tests {
             };
             assert_eq!(remedies(Trouble::Unavailable, case), expected);
         }
+    }
+
+    #[test]
+    fn a_connection_that_had_been_idle_says_nothing_of_its_endpoint() {
+        let both = [Remedy::Retry, Remedy::Shield];
+        for retries in 0..3 {
+            let case = Case {
+                retries,
+                ..GET_AT_CANARY
+            };
+            assert_eq!(remedies(Trouble::Stale, case), both);
+        }
+        let case = Case {
+            retries: 3,
+            ..GET_AT_CANARY
+        };
+        assert_eq!(remedies(Trouble::Stale, case), [Remedy::Shield]);
+        let post = Case {
+            is_idempotent: false,
+            ..GET_AT_CANARY
+        };
+        assert_eq!(remedies(Trouble::Stale, post), []);
+        assert!(!Retry::is_on_budget(Trouble::Stale) && Retry::is_on_budget(Trouble::Broken));
     }
 
     #[test]
@@ -360,6 +402,7 @@ mod tests {
             Trouble::Unavailable,
             Trouble::Unsent,
             Trouble::Broken,
+            Trouble::Stale,
             Trouble::Timeout,
         ];
         prop_oneof![prop::sample::select(plain), status]
@@ -379,7 +422,8 @@ mod tests {
         fn the_baseline_is_never_shielded_and_repetitions_end(case in case(), trouble in trouble()) {
             let any = remedies(trouble, case);
             prop_assert!(!(case.at_baseline && any.contains(&Remedy::Shield)));
-            prop_assert!(!(case.retries >= 1 && any.contains(&Remedy::Retry)));
+            let most = if trouble == Trouble::Stale { 3 } else { 1 };
+            prop_assert!(!(case.retries >= most && any.contains(&Remedy::Retry)));
         }
     }
 }

@@ -163,6 +163,7 @@ where
     Ok(Connected::Http1(Dedicated {
         sender,
         task: task.abort_handle(),
+        has_served: false,
     }))
 }
 

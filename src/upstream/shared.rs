@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::io;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use hyper::body::Body;
 use hyper::client::conn::http2::SendRequest;
@@ -17,9 +17,6 @@ use super::room::Room;
 /// is full makes requests wait.
 const FULL_AT_PERCENT: usize = 80;
 
-/// How long a request must have waited in vain to say something of its connection.
-const SILENCE: Duration = Duration::from_secs(1);
-
 /// A connection that many requests share.
 #[derive(Debug)]
 pub(super) struct Shared<B> {
@@ -30,8 +27,6 @@ pub(super) struct Shared<B> {
     in_use: Cell<usize>,
     /// How many responses it has brought.
     served: Cell<u64>,
-    /// Nothing comes over it any more: whoever is behind it may be gone without a word.
-    is_silent: Cell<bool>,
     /// Where it is counted; who waits there may wait for a place on it.
     room: Option<Rc<Room>>,
     idle_since: Cell<Instant>,
@@ -50,7 +45,6 @@ pub(super) trait Peer: fmt::Debug {
 #[derive(Debug)]
 pub(super) struct Claim<B> {
     shared: Rc<Shared<B>>,
-    since: Instant,
     /// How many responses it had brought by then.
     served_before: u64,
 }
@@ -88,7 +82,6 @@ where
             limit,
             in_use: Cell::new(0),
             served: Cell::new(0),
-            is_silent: Cell::new(false),
             idle_since: Cell::new(Instant::now()),
             room,
         })
@@ -96,13 +89,12 @@ where
 
     /// A place on it, if it has room.
     pub(super) fn claim(self: &Rc<Self>) -> Option<Claim<B>> {
-        if self.is_over() || self.in_use.get() >= self.room() {
+        if self.sender.is_closed() || self.in_use.get() >= self.room() {
             return None;
         }
         self.in_use.set(self.in_use.get() + 1);
         Some(Claim {
             shared: Rc::clone(self),
-            since: Instant::now(),
             served_before: self.served.get(),
         })
     }
@@ -112,13 +104,9 @@ where
         allowed.clamp(1, self.limit)
     }
 
-    fn is_over(&self) -> bool {
-        self.sender.is_closed() || self.is_silent.get()
-    }
-
     /// True when nobody has used it since `then`, or nobody can any more.
     pub(super) fn is_unused_since(&self, then: Option<Instant>) -> bool {
-        self.is_over()
+        self.sender.is_closed()
             || self.in_use.get() == 0 && then.is_some_and(|then| self.idle_since.get() <= then)
     }
 }
@@ -135,26 +123,24 @@ impl<B> Claim<B> {
         self.shared.served.set(self.shared.served.get() + 1);
     }
 
+    /// True when it has brought any, be it to others.
     pub(super) fn has_served(&self) -> bool {
         self.shared.served.get() > 0
     }
 
-    pub(super) fn sender(&self) -> SendRequest<B> {
-        self.shared.sender.clone()
+    /// True when it has brought some since this place was taken.
+    pub(super) fn is_serving(&self) -> bool {
+        self.shared.served.get() > self.served_before
     }
 
-    /// True when it has waited for long, and nobody has got a response meanwhile.
-    fn was_in_vain(&self) -> bool {
-        self.shared.served.get() == self.served_before && self.since.elapsed() >= SILENCE
+    pub(super) fn sender(&self) -> SendRequest<B> {
+        self.shared.sender.clone()
     }
 }
 
 impl<B> Drop for Claim<B> {
     fn drop(&mut self) {
         let shared = &self.shared;
-        if self.was_in_vain() {
-            shared.is_silent.set(true);
-        }
         let left = shared.in_use.get() - 1;
         shared.in_use.set(left);
         if left == 0 {
@@ -185,7 +171,10 @@ impl Opening {
                 Failure::Connect(error.kind(), error.raw_os_error(), error.to_string())
             }
             SendError::ConnectTimeout => Failure::Timeout,
-            SendError::Exchange(error) | SendError::Unsent(error) | SendError::Refused(error) => {
+            SendError::Exchange(error)
+            | SendError::Stale(error)
+            | SendError::Unsent(error)
+            | SendError::Refused(error) => {
                 Failure::Connect(io::ErrorKind::Other, None, error.to_string())
             }
             SendError::Crowded | SendError::NoTunnel => return,

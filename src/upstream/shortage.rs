@@ -46,14 +46,13 @@ impl Shortage {
 
 /// True for what this machine lacks, whatever an endpoint does.
 pub fn is_exhaustion(error: &io::Error) -> bool {
-    let lacks = [
-        Errno::MFILE,
-        Errno::NFILE,
-        Errno::ADDRNOTAVAIL,
-        Errno::NOBUFS,
-        Errno::NOMEM,
-    ];
+    let lacks = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
     Errno::from_io_error(error).is_some_and(|errno| lacks.contains(&errno))
+}
+
+/// True when this machine has no address or port left to reach an endpoint from; others it may reach.
+pub fn lacks_ports(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::ADDRNOTAVAIL)
 }
 
 fn lacks_descriptors(error: &SendError) -> bool {
@@ -74,15 +73,15 @@ mod tests {
     #[test]
     fn what_this_machine_lacks_is_told_from_what_the_endpoint_does() {
         let is_own = |errno: Errno| SendError::Connect(io::Error::from(errno)).is_own_shortage();
-        for errno in [
-            Errno::MFILE,
-            Errno::NFILE,
-            Errno::ADDRNOTAVAIL,
-            Errno::NOBUFS,
-        ] {
+        for errno in [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM] {
             assert!(is_own(errno), "{errno}");
         }
-        for errno in [Errno::CONNREFUSED, Errno::HOSTUNREACH, Errno::CONNRESET] {
+        for errno in [
+            Errno::CONNREFUSED,
+            Errno::HOSTUNREACH,
+            Errno::CONNRESET,
+            Errno::ADDRNOTAVAIL,
+        ] {
             assert!(!is_own(errno), "{errno}");
         }
         assert!(!SendError::ConnectTimeout.is_own_shortage());

@@ -1,33 +1,40 @@
 //! Requests that are sent again: the places they hold, the bodies they bring along, and the time they
 //! have.
 
-use std::sync::atomic::Ordering;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use http::{Method, StatusCode};
-use tokio::io::AsyncWriteExt;
+use serin::backend::Impediment;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::resilience::{ALL, canary, hanging, send};
 use crate::support::upstream::{read_head, serving};
 use crate::support::{Client, Proxy, Raw, Upstream, eventually, shop, single};
 
-/// Those who wait for room at a version that is taken out meanwhile have the baseline to go to: none of
-/// them was sent to anybody.
+/// Those who wait for room at a version that is taken out meanwhile have the baseline to go to, whatever
+/// their method: none of them was sent to anybody.
 #[tokio::test]
 async fn who_waits_for_a_canary_that_is_ejected_gets_the_baseline() {
     let stable = Upstream::start("stable").await;
-    let own = "version: '2', limits: { inFlight: 2, queueTimeout: 100h }, \
-               outlierDetection: { consecutiveFailures: 1, ejection: 1h, maxEjection: 1h },";
-    let rest = "    timeouts: { backendRequest: 300ms }\n";
-    let config = shop(stable.address, hanging().await, ALL, rest).replace("version: '2',", own);
+    let own = "version: '2', limits: { inFlight: 1, queueTimeout: 100h },";
+    let config = shop(stable.address, hanging().await, ALL, "").replace("version: '2',", own);
     let proxy = Proxy::start(&config);
-    let reading = (0..10).map(|_| send(&proxy, Method::GET, "/"));
-    for reply in futures_util::future::join_all(reading).await {
+    let snapshot = proxy.app().live().load();
+    let canary = &snapshot.backends[1];
+    let taken = canary.gate.try_enter().unwrap();
+    let writing = (0..8).map(|_| send(&proxy, Method::POST, "/"));
+    let (replies, ()) = tokio::join!(futures_util::future::join_all(writing), async {
+        eventually("all wait", || canary.gate.waiting() == 8).await;
+        canary.endpoints[0].impede(Impediment::Ejected);
+        drop(taken);
+    });
+    for reply in replies {
         assert_eq!((reply.status, reply.text()), (StatusCode::OK, "stable"));
     }
-    let snapshot = proxy.app().live().load();
-    let gate = &snapshot.backends[1].gate;
-    assert_eq!((gate.inside(), gate.waiting()), (0, 0));
+    assert_eq!((canary.gate.inside(), canary.gate.waiting()), (0, 0));
 }
 
 /// With one place for two endpoints that fail: a second place would never become free.
@@ -73,7 +80,7 @@ async fn nobody_waits_for_room_beyond_the_end_of_the_request() {
     let _taken = snapshot.backends[0].gate.try_enter().unwrap();
     let reply = send(&proxy, Method::GET, "/").await;
     assert_eq!(reply.status, StatusCode::GATEWAY_TIMEOUT);
-    assert!(snapshot.backends[0].endpoints[0].take_sample().requests == 0);
+    assert_eq!(proxy.metric("serin_backend_overflows_total", &[]), 0.0);
 }
 
 #[tokio::test]
@@ -105,36 +112,56 @@ async fn a_deadline_of_the_callers_own_says_nothing_of_an_endpoint_that_had_no_t
     let config = shop(stable.address, hanging().await, ALL, "").replace("version: '2',", own);
     let proxy = Proxy::start(&config);
     let mut client = Client::h2c(proxy.address()).await;
-    let call = [
-        ("content-type", "application/grpc"),
-        ("te", "trailers"),
-        ("grpc-timeout", "1m"),
-    ];
+    let mut call = async |deadline| {
+        let fields = [
+            ("content-type", "application/grpc"),
+            ("te", "trailers"),
+            ("grpc-timeout", deadline),
+        ];
+        let reply = client.send(Method::POST, "/a.B/C", &fields, "").await;
+        let status = reply.unwrap().header("grpc-status").map(str::to_owned);
+        assert_eq!(status.as_deref(), Some("4"), "DEADLINE_EXCEEDED");
+    };
     for _ in 0..5 {
-        let reply = client
-            .send(Method::POST, "/a.B/C", &call, "")
-            .await
-            .unwrap();
-        assert_eq!(reply.header("grpc-status"), Some("4"), "DEADLINE_EXCEEDED");
+        call("1m").await;
     }
-    let snapshot = proxy.app().live().load();
-    let sample = snapshot.backends[1].endpoints[0].take_sample();
-    assert_eq!((sample.requests, sample.failures), (0, 0));
-    assert_eq!(canary(&proxy, "serin_ejections_total", &[]), 0.0);
+    // Still with the canary, which has had its time now.
+    call("1S").await;
+    eventually("it is ejected", || {
+        canary(&proxy, "serin_ejections_total", &[]) == 1.0
+    })
+    .await;
+    assert_eq!(stable.requests(), 0);
 }
 
-/// The canary answers before it has read the body, of which more is to come.
+/// What `hasty` has read when nothing more comes.
+const ALL_READ: usize = usize::MAX;
+
+/// Answers 503 as soon as it has the head of a request, and goes on reading, as many servers do; says
+/// how much it has read.
+async fn hasty() -> (SocketAddr, Arc<AtomicUsize>) {
+    let read = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&read);
+    let serve = move |mut stream: TcpStream| {
+        let read = Arc::clone(&counted);
+        async move {
+            read_head(&mut stream).await;
+            let answer = b"HTTP/1.1 503 no\r\ncontent-length: 0\r\n\r\n";
+            let _ = stream.write_all(answer).await;
+            let mut part = vec![0; 4096];
+            while let Ok(bytes @ 1..) = stream.read(&mut part).await {
+                read.fetch_add(bytes, Ordering::SeqCst);
+            }
+            read.store(ALL_READ, Ordering::SeqCst);
+        }
+    };
+    (serving(serve).await.0, read)
+}
+
 #[tokio::test]
 async fn an_upload_that_the_canary_refuses_early_goes_to_the_baseline() {
-    let hasty = |mut stream: TcpStream| async move {
-        read_head(&mut stream).await;
-        let answer = b"HTTP/1.1 503 no\r\ncontent-length: 0\r\n\r\n";
-        let _ = stream.write_all(answer).await;
-        // It goes on reading, as many servers do.
-        let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
-    };
     let stable = Upstream::start("stable").await;
-    let (hasty, _) = serving(hasty).await;
+    let (hasty, _) = hasty().await;
     let proxy = Proxy::start(&shop(stable.address, hasty, ALL, ""));
     let mut client = Raw::connect(proxy.address()).await;
     client
@@ -145,6 +172,57 @@ async fn an_upload_that_the_canary_refuses_early_goes_to_the_baseline() {
     let reply = client.read_until("first-last").await;
     assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
     assert_eq!(proxy.metric("serin_upstream_errors_total", &[]), 0.0);
+}
+
+/// While it waits for room at the baseline, more of the body is sent to the canary than is kept: what is
+/// left must not pass for the whole.
+#[tokio::test]
+async fn an_upload_of_which_too_much_was_sent_is_not_sent_again() {
+    let stable = Upstream::start("stable").await;
+    let (hasty, read) = hasty().await;
+    let own = "version: '1', limits: { inFlight: 1, queueTimeout: 100h },";
+    let config = shop(stable.address, hasty, ALL, "").replace("version: '1',", own);
+    let proxy = Proxy::start(&config);
+    let snapshot = proxy.app().live().load();
+    let gate = &snapshot.backends[0].gate;
+    let taken = gate.try_enter().unwrap();
+    let mut client = Raw::connect(proxy.address()).await;
+    client
+        .send("PUT /echo HTTP/1.1\r\nhost: a\r\ncontent-length: 200000\r\n\r\n")
+        .await;
+    eventually("it waits for the baseline", || gate.waiting() == 1).await;
+    client.send(&"x".repeat(100_000)).await;
+    eventually("much was sent", || read.load(Ordering::SeqCst) == 100_000).await;
+    drop(taken);
+    let reply = client.read_until("\r\n\r\n").await;
+    assert!(reply.starts_with("HTTP/1.1 503"), "{reply}");
+    assert_eq!((stable.requests(), gate.inside()), (0, 0));
+}
+
+/// A body that is no body breaks off, and must not pass for one that ends.
+#[tokio::test]
+async fn an_upload_that_its_client_breaks_is_not_sent_again() {
+    let stable = Upstream::start("stable").await;
+    let (hasty, read) = hasty().await;
+    let own = "version: '1', limits: { inFlight: 1, queueTimeout: 100h },";
+    let config = shop(stable.address, hasty, ALL, "").replace("version: '1',", own);
+    let proxy = Proxy::start(&config);
+    let snapshot = proxy.app().live().load();
+    let gate = &snapshot.backends[0].gate;
+    let taken = gate.try_enter().unwrap();
+    let mut client = Raw::connect(proxy.address()).await;
+    let head = "PUT /echo HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n";
+    client.send(&format!("{head}5\r\nfirst\r\n")).await;
+    eventually("it waits for the baseline", || gate.waiting() == 1).await;
+    client.send("no chunk\r\n").await;
+    eventually("the canary is told", || {
+        read.load(Ordering::SeqCst) == ALL_READ
+    })
+    .await;
+    drop(taken);
+    let reply = client.read_to_end().await;
+    assert!(reply.starts_with("HTTP/1.1 503"), "{reply}");
+    assert_eq!((stable.requests(), gate.inside()), (0, 0));
 }
 
 /// Whatever is left of it: each refusal costs every request an attempt.
@@ -188,31 +266,4 @@ async fn who_finds_no_connection_is_counted() {
         1.0
     );
     canary_upstream.release();
-}
-
-/// Whoever is behind a connection may be gone without a word: the next request takes another one.
-#[tokio::test]
-async fn a_shared_connection_over_which_nothing_comes_is_not_used_again() {
-    let answers_once = |stream: TcpStream| async move {
-        let mut connection = h2::server::handshake(stream).await.unwrap();
-        let mut kept = Vec::new();
-        while let Some(Ok((_, mut respond))) = connection.accept().await {
-            if kept.is_empty() {
-                respond
-                    .send_response(http::Response::new(()), true)
-                    .unwrap();
-            }
-            kept.push(respond);
-        }
-    };
-    let (address, accepted) = serving(answers_once).await;
-    let own = "version: '1', protocol: h2c, outlierDetection: { disabled: true },";
-    let rest = "    timeouts: { backendRequest: 1200ms }\n";
-    let config = single(address, rest).replace("version: '1',", own);
-    let proxy = Proxy::start(&format!("workers: 1\n{config}"));
-    let statuses = [200, 504, 200];
-    for status in statuses {
-        assert_eq!(send(&proxy, Method::GET, "/").await.status, status);
-    }
-    assert_eq!(accepted.load(Ordering::SeqCst), 2);
 }

@@ -9,7 +9,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::support::upstream::{read_head, serving};
-use crate::support::{Client, Proxy, Raw, Reply, Upstream, eventually, explain, get, shop, single};
+use crate::support::{
+    Client, Proxy, Raw, Reply, Upstream, eventually, eventually_asked, explain, get, shop, single,
+};
 
 const OVERRIDE: &str = "    gray: { override: { header: x-version } }\n";
 
@@ -33,7 +35,7 @@ pub(crate) async fn hanging() -> SocketAddr {
     serving(hang).await.0
 }
 
-async fn refusing() -> SocketAddr {
+pub(crate) async fn refusing() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     listener.local_addr().unwrap()
 }
@@ -189,7 +191,10 @@ async fn users_come_back_by_and_by_to_a_canary_of_one_endpoint() {
     assert_eq!(send(&proxy, Method::GET, "/").await.text(), "stable");
     assert_eq!(canary(&proxy, "serin_failovers_total", &failovers), 1.0);
     proxy.replace(&config("1ms")).await;
-    while send(&proxy, Method::GET, "/").await.text() != "canary" {}
+    eventually_asked("the canary has it back", async || {
+        send(&proxy, Method::GET, "/").await.text() == "canary"
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -607,7 +612,10 @@ async fn below_the_panic_threshold_all_endpoints_of_a_baseline_get_requests() {
         assert_eq!(send(&proxy, Method::GET, "/").await.text(), well.text());
     }
     proxy.replace(&config(51)).await;
-    while send(&proxy, Method::GET, "/").await.text() == well.text() {}
+    eventually_asked("the other one gets some as well", async || {
+        send(&proxy, Method::GET, "/").await.text() != well.text()
+    })
+    .await;
     proxy.replace(&config(0)).await;
     send(&proxy, Method::GET, "/status/500").await;
     eventually("both are ejected", || ejected() == 2.0).await;

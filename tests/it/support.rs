@@ -212,6 +212,14 @@ pub(crate) async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
+/// As `eventually`, for what has to be asked for.
+pub(crate) async fn eventually_asked(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so().await {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+    }
+}
+
 /// The value of a metric in an exposition; see `Proxy::metric`.
 pub(crate) fn metric(exposition: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
     exposition

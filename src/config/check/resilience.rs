@@ -56,6 +56,8 @@ const FAILURES: RangeInclusive<u16> = 400..=599;
 struct Role {
     /// Slow clients hold on to places as stuck endpoints do: of a baseline they must not take all.
     in_flight: usize,
+    /// Who has somewhere else to go does not wait for long.
+    queue_timeout: Duration,
     most_ejected_percent: u32,
     panic_percent: u32,
 }
@@ -63,16 +65,19 @@ struct Role {
 impl Role {
     const BASELINE: Self = Self {
         in_flight: 8192,
+        queue_timeout: Duration::from_secs(1),
         most_ejected_percent: 50,
         panic_percent: 50,
     };
     const OTHER: Self = Self {
         in_flight: 1024,
+        queue_timeout: Duration::from_millis(25),
         most_ejected_percent: 100,
         panic_percent: 0,
     };
 
-    /// All its endpoints may be ejected, which those of whom it is the baseline do not notice.
+    /// All its endpoints may be ejected: users of the one route have somewhere else to go, and for those
+    /// of the other it goes on with all of them when more than half are out.
     const BOTH: Self = Self {
         most_ejected_percent: 100,
         ..Self::BASELINE
@@ -130,7 +135,7 @@ impl Checker<'_> {
         at: &Path,
     ) -> Option<Resilience> {
         let role = Role::of(backend, roles);
-        let gate_limits = self.gate_limits(&backend.limits, role.in_flight, &at.key("limits"));
+        let gate_limits = self.gate_limits(&backend.limits, &role, &at.key("limits"));
         let health_check = match &backend.health_check {
             Some(check) => {
                 self.refuse_grpc_check_of_http1(check, backend, at);
@@ -166,18 +171,18 @@ impl Checker<'_> {
     fn gate_limits(
         &mut self,
         limits: &file::BackendLimits,
-        most: usize,
+        role: &Role,
         at: &Path,
     ) -> Option<GateLimits> {
         let default = GateLimits::default();
         let queue_timeout = self.duration(
             limits.queue_timeout.as_deref(),
-            default.queue_timeout,
+            role.queue_timeout,
             &at.key("queueTimeout"),
         );
         let in_flight = self.count(limits.in_flight, &at.key("inFlight"));
         Some(GateLimits {
-            in_flight: in_flight?.unwrap_or(most),
+            in_flight: in_flight?.unwrap_or(role.in_flight),
             queue: limits.queue.map_or(default.queue, |queue| queue as usize),
             queue_timeout: queue_timeout?,
         })

@@ -120,7 +120,7 @@ pub struct BackendLimits {
     /// Requests that wait (default 1024); others get 503, or the baseline.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue: Option<u32>,
-    /// How long one waits (default 1s).
+    /// How long one waits (default 1s for the baseline of some route, else 25ms).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("pattern" = DURATION_PATTERN))]
     pub queue_timeout: Option<String>,

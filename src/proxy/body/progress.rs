@@ -153,6 +153,16 @@ impl Stage {
             is_over: false,
         }
     }
+
+    /// It will not come to its end, and the client is to blame.
+    fn is_broken(self) -> bool {
+        !matches!(self.state, BodyState::Moving | BodyState::AwaitingClient)
+    }
+
+    /// All of it can be sent again: what was broken off would look as if it were whole.
+    pub(super) fn is_whole(self) -> bool {
+        !self.is_spent && !self.is_broken()
+    }
 }
 
 // === impl BodyState ===
@@ -176,7 +186,7 @@ impl BodyState {
 impl Progress {
     /// True as long as all of it can be sent again.
     pub fn is_whole(&self) -> bool {
-        !self.stage().is_spent
+        self.stage().is_whole()
     }
 
     /// True when nobody sends any more of it.
@@ -215,19 +225,19 @@ impl Progress {
 
     /// True when it will not come to its end, and the client is to blame.
     pub fn was_broken_by_client(&self) -> bool {
-        !matches!(
-            self.stage().state,
-            BodyState::Moving | BodyState::AwaitingClient
-        )
+        self.stage().is_broken()
     }
 
-    /// The head of the response is here.
+    /// The head of the response is here, and there will be no other: nothing is sent again.
     pub fn answered(&self) {
         if let Self::Body(sent) = self {
             sent.update(|stage| Stage {
                 is_answered: true,
                 ..stage
             });
+            if let Some(content) = sent.left.borrow_mut().as_mut() {
+                content.forget();
+            }
         }
     }
 

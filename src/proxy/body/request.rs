@@ -120,21 +120,27 @@ impl RequestBody {
         (Self(Some(Sending { sent, content })), progress)
     }
 
-    /// The same body from its beginning, once whoever had it has let go of it. It moves from `now` on.
-    pub async fn again(progress: &mut Progress, now: Instant) -> Self {
+    /// The same body from its beginning, once whoever had it has let go of it; `None` if it cannot be
+    /// sent again by then. It moves from `now` on.
+    pub async fn again(progress: &mut Progress, now: Instant) -> Option<Self> {
         match progress {
             Progress::NoBody(since) => {
                 *since = now;
-                Self(None)
+                Some(Self(None))
             }
             Progress::Body(sent) => {
                 let mut content = sent.remains().await;
+                // More of it may have been sent meanwhile.
+                if !sent.stage().is_whole() {
+                    sent.leave(content);
+                    return None;
+                }
                 if let Some(replay) = &mut content.replay {
                     replay.rewind();
                 }
                 sent.begin_again(now);
                 let sent = Rc::clone(sent);
-                Self(Some(Sending { sent, content }))
+                Some(Self(Some(Sending { sent, content })))
             }
         }
     }
@@ -203,12 +209,18 @@ impl Content {
         };
         if let Poll::Ready(Some(Ok(frame))) = &polled {
             let replay = self.replay.as_mut();
-            if !replay.is_some_and(|replay| replay.keep(frame)) {
-                self.replay = None;
+            let is_needed = !sent.stage().is_answered;
+            if !replay.is_some_and(|replay| is_needed && replay.keep(frame)) {
+                self.forget();
                 sent.spend();
             }
         }
         polled
+    }
+
+    /// Nothing of it is sent again.
+    pub(super) fn forget(&mut self) {
+        self.replay = None;
     }
 
     /// Reads JSON on, and gives the message when all of it has come.
