@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::admin::Admin;
-use crate::backend::Impediment;
+use crate::backend::{Endpoint, Impediment};
 use crate::config::document::Path;
 use crate::config::load::Loaded;
 use crate::config::watch::{ReloadRequest, Reloader};
@@ -30,14 +30,14 @@ use crate::discovery::Names;
 use crate::discovery::job::Discovery;
 use crate::discovery::resolver::resolve_all;
 use crate::health::Watch;
-use crate::health::checks::Checks;
+use crate::health::checks::{Checks, MOST_AT_A_TIME};
 use crate::proxy::via::Via;
 use crate::server::Phase;
 use crate::server::acceptor::Acceptor;
 use crate::server::slots::Slots;
 use crate::server::sockets::{ADMIN, Given, Giver, Listening, Sockets};
 use crate::server::worker::WorkerHandle;
-use crate::snapshot::{Live, Revision};
+use crate::snapshot::{Live, Revision, Snapshot};
 use crate::telemetry::access_log::Sinks;
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::Shortage;
@@ -48,11 +48,14 @@ const DRAIN_TICK: Duration = Duration::from_millis(10);
 /// How often a start looks whether endpoints have been asked.
 const CHECKS_TICK: Duration = Duration::from_millis(5);
 
+/// How long a thread for what takes long may rest.
+const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
+
 /// How long the end of the process may take when the drain is over: whoever stops it kills it soon after
 /// `shutdown.timeout`, and with it what is left of the access log.
 pub const ENDING_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long of that threads may take that have nothing left to do, and how often they are looked at.
+/// How much of that goes to threads that have nothing left to do, and how often they are looked at.
 const THREADS_LIMIT: Duration = Duration::from_secs(1);
 const THREADS_TICK: Duration = Duration::from_millis(1);
 
@@ -128,12 +131,17 @@ impl App {
         };
         let count = worker_count(loaded.config.workers);
         let metrics = Arc::new(Metrics::new(&loaded.config.duration_buckets, count));
-        let answers_from = admin_answers_from(&given);
+        let inherited = inherited_admin(&given);
         let sockets = Arc::new(Sockets::new(given));
         let admin_socket = bind_admin(&loaded, &sockets)?;
         let admin = admin_socket
             .local_addr()
             .map_err(|error| failed("the admin listener", error))?;
+        // Until this process serves, probes reach the one before, if it has the same listener.
+        let answers_from = match inherited {
+            Some(inherited) if inherited == admin => Phase::Serving,
+            _ => Phase::Starting,
+        };
         let watching = match follow {
             Follow::Files { .. } => Watching::Events,
             Follow::Nothing => Watching::Nothing,
@@ -224,18 +232,8 @@ impl App {
     /// Waits until every endpoint that has to pass a health check has been asked once, or should have
     /// been: until then users of a version that is well might get the baseline.
     pub fn await_first_checks(&self) {
-        let snapshot = self.live.load();
-        let checked = || {
-            let backends = snapshot.backends.iter();
-            backends.filter_map(|backend| Some((backend, backend.health_check.as_ref()?)))
-        };
-        let limit = checked().map(|(_, check)| check.timeout).max();
-        let ends = Instant::now() + limit.unwrap_or_default();
-        let is_unchecked = || {
-            let mut endpoints = checked().flat_map(|(backend, _)| &backend.endpoints);
-            endpoints.any(|endpoint| endpoint.is_impeded_by(Impediment::Unchecked))
-        };
-        while is_unchecked() && Instant::now() < ends {
+        let begun = Instant::now();
+        while awaits_checks(&self.live.load(), begun.elapsed()) {
             std::thread::sleep(CHECKS_TICK);
         }
     }
@@ -372,12 +370,32 @@ impl App {
     }
 }
 
-/// Probes and scrapes hear at once how a start goes on, unless they still reach a process that serves.
-fn admin_answers_from(given: &[Given]) -> Phase {
-    match given.iter().any(|one| one.giver == Giver::Predecessor) {
-        true => Phase::Serving,
-        false => Phase::Starting,
-    }
+/// True when an endpoint has not been asked whether it is well, but may have answered `waited` after the
+/// start: so many are asked at a time, and each has the time that its backend gives it.
+fn awaits_checks(snapshot: &Snapshot, waited: Duration) -> bool {
+    let checked = || {
+        let backends = snapshot.backends.iter();
+        let checked =
+            backends.filter_map(|backend| Some((backend, backend.health_check.as_ref()?)));
+        checked.filter(|(backend, _)| !backend.disabled)
+    };
+    let asked: usize = checked().map(|(backend, _)| backend.endpoints.len()).sum();
+    let rounds = asked.div_ceil(MOST_AT_A_TIME) as u32;
+    checked().any(|(backend, check)| {
+        // One that is not well has been asked.
+        let is_unasked = |endpoint: &Arc<Endpoint>| {
+            endpoint.is_impeded_by(Impediment::Unchecked)
+                && !endpoint.is_impeded_by(Impediment::Unhealthy)
+        };
+        waited < check.timeout * rounds && backend.endpoints.iter().any(is_unasked)
+    })
+}
+
+/// Where the admin listener of the process before listens, if it gave that away.
+fn inherited_admin(given: &[Given]) -> Option<SocketAddr> {
+    let is_admin =
+        |one: &&Given| one.giver == Giver::Predecessor && one.name.as_deref() == Some(ADMIN);
+    given.iter().find(is_admin)?.socket.local_addr().ok()
 }
 
 /// Notes what did not end in time, before it is cut off.
@@ -429,10 +447,14 @@ impl ControlJobs {
     fn start(self) -> io::Result<JoinHandle<()>> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
+            .thread_keep_alive(FOR_EVER)
             .build()?;
         std::thread::Builder::new()
             .name("serin-control".into())
             .spawn(move || {
+                // One thread for what takes long is there from now on: where the system gives no other,
+                // that waits for it, instead of failing.
+                drop(runtime.spawn_blocking(|| {}));
                 runtime.block_on(tokio::task::LocalSet::new().run_until(self.run()));
                 // A snapshot may still be being freed there; the end needs no care.
                 runtime.shutdown_background();

@@ -130,6 +130,7 @@ pub struct Control {
     draining: Vec<DrainingListener>,
     /// What new listeners begin with.
     phase: Phase,
+    phases: watch::Receiver<Phase>,
     sockets: Arc<Sockets>,
     access_log: Option<Arc<AccessLog>>,
     sinks: Arc<Sinks>,
@@ -231,6 +232,7 @@ impl Control {
                 listeners,
                 draining: Vec::new(),
                 phase,
+                phases: watch::channel(phase).1,
                 sockets,
                 access_log,
                 sinks,
@@ -272,9 +274,10 @@ impl Control {
         mut self,
         mut changes: mpsc::Receiver<Change>,
         acceptor: Acceptor,
-        mut phase: watch::Receiver<Phase>,
+        phase: watch::Receiver<Phase>,
     ) {
-        while let Some(change) = self.next(&mut changes, &mut phase).await {
+        self.phases = phase;
+        while let Some(change) = self.next(&mut changes).await {
             match change {
                 Change::Config {
                     loaded,
@@ -282,13 +285,14 @@ impl Control {
                     occasion,
                     reply,
                 } => {
-                    if occasion == Occasion::Asked {
-                        self.hurry_names();
-                    }
                     let result = match loaded {
                         Ok(loaded) => self.take_over(*loaded, names, &acceptor).await,
                         Err(problems) => Err(problems),
                     };
+                    // Behind the change: of whom it names, and not of those before.
+                    if occasion == Occasion::Asked {
+                        self.hurry_names();
+                    }
                     let result = result.inspect_err(|problems| {
                         if !(occasion == Occasion::Retried && self.has_refused(problems)) {
                             self.refuse(problems);
@@ -324,26 +328,19 @@ impl Control {
     }
 
     /// The next change; `None` when the process drains.
-    async fn next(
-        &mut self,
-        changes: &mut mpsc::Receiver<Change>,
-        phase: &mut watch::Receiver<Phase>,
-    ) -> Option<Change> {
-        loop {
+    async fn next(&mut self, changes: &mut mpsc::Receiver<Change>) -> Option<Change> {
+        while self.phase < Phase::Draining {
             tokio::select! {
                 biased;
                 // The sender's end is a drop, which says the same as `Draining`.
-                moved = phase.changed() => {
+                moved = self.phases.changed() => {
                     moved.ok()?;
-                    self.phase = *phase.borrow_and_update();
-                    self.listeners.iter().for_each(|open| open.enter(self.phase));
-                    if self.phase >= Phase::Draining {
-                        return None;
-                    }
+                    self.follow_phase();
                 }
                 change = changes.recv() => return change,
             }
         }
+        None
     }
 
     async fn take_over(
@@ -489,6 +486,13 @@ impl Control {
         revision
     }
 
+    /// Has the listeners go along with the process.
+    fn follow_phase(&mut self) {
+        self.phase = *self.phases.borrow_and_update();
+        let listeners = self.listeners.iter();
+        listeners.for_each(|open| open.enter(self.phase));
+    }
+
     /// Compiles on another thread: very many routes take a second, and this one answers probes.
     async fn compile(
         &mut self,
@@ -503,7 +507,14 @@ impl Control {
             let next = compile_loaded(&loaded, &names, revision, &mut living, &metrics);
             (next, living)
         });
-        let (next, living) = match compiling.await {
+        tokio::pin!(compiling);
+        let compiled = loop {
+            tokio::select! {
+                Ok(()) = self.phases.changed() => self.follow_phase(),
+                compiled = compiling.as_mut() => break compiled,
+            }
+        };
+        let (next, living) = match compiled {
             Ok(compiled) => compiled,
             // Nobody cancels it.
             Err(error) => std::panic::resume_unwind(error.into_panic()),

@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt};
 use hickory_resolver::config::{
     ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts,
@@ -200,15 +201,13 @@ impl Resolver {
 
     async fn ask_service(&self, service: &str, deadline: Instant) -> Result<Answer, Failure> {
         let (records, ttl) = self.ask_srv(service, deadline).await?;
-        let mut asked = Vec::new();
-        for servers in by_priority(records) {
-            let answer = self.ask_servers(servers, ttl, deadline).await;
-            let is_enough = answer.parts.iter().any(|(_, found)| leads_somewhere(found));
-            asked.push(answer);
-            if is_enough {
-                break;
-            }
-        }
+        // All at once: the first may take all the time that there is.
+        let asking = by_priority(records).map(|servers| self.ask_servers(servers, ttl, deadline));
+        let mut asked = join_all(asking).await;
+        let is_enough =
+            |answer: &Answer| answer.parts.iter().any(|(_, found)| leads_somewhere(found));
+        let enough = asked.iter().position(is_enough);
+        asked.truncate(enough.map_or(asked.len(), |last| last + 1));
         let last_first = asked.into_iter().rev();
         let answer = last_first.reduce(|next, first| Answer {
             next: Some(Box::new(next)),

@@ -35,6 +35,8 @@ struct Followed {
     failures: u32,
     /// Its place in the queue.
     due: Option<Instant>,
+    /// What it is being asked for right now may be out of date: if that fails, it is due at once.
+    is_hurried: bool,
 }
 
 // === impl Schedule ===
@@ -71,6 +73,7 @@ impl Schedule {
     pub fn hurry(&mut self, now: Instant) {
         for followed in self.names.values_mut() {
             followed.failures = 0;
+            followed.is_hurried = followed.due.is_none();
         }
         self.bring_forward(|followed| followed.resolution.problem().map(|_| now));
     }
@@ -120,7 +123,11 @@ impl Schedule {
         let followed = self.names.get_mut(&name)?;
         followed.note(Arc::new(followed.resolution.after(asked, at)));
         let resolution = Arc::clone(&followed.resolution);
-        let due = now + followed.pause(self.pace, die);
+        let is_hurried = std::mem::take(&mut followed.is_hurried);
+        let due = match resolution.outcome {
+            Outcome::Failed(_) if is_hurried => now,
+            _ => now + followed.pause(self.pace, die),
+        };
         // It may have been dropped and named again while it was asked for, and be in the queue.
         if let Some(before) = followed.due.replace(due) {
             self.queue.remove(&(before, name.clone()));
@@ -138,6 +145,7 @@ impl Followed {
             resolution: Arc::default(),
             failures: 0,
             due: None,
+            is_hurried: false,
         };
         followed.note(resolution);
         followed
@@ -257,6 +265,25 @@ mod tests {
         assert_eq!(schedule.take_due(now), [name("shop")]);
         schedule.note(name("shop"), Err(Failure::Timeout), now, DAY, 1.0);
         assert_eq!(schedule.next_due(), Some(now + Duration::from_secs(2)));
+    }
+
+    /// Whoever is asked right now may be the one that has just been replaced.
+    #[test]
+    fn in_a_hurry_what_is_being_asked_for_is_due_at_once_if_that_fails() {
+        let now = Instant::now();
+        for (answer, due) in [
+            (Err(Failure::Timeout), now),
+            (found(9), now + Duration::from_secs(9)),
+        ] {
+            let mut schedule = schedule(&["shop"], now);
+            schedule.take_due(now);
+            schedule.hurry(now);
+            schedule.note(name("shop"), answer, now, DAY, 1.0);
+            assert_eq!(schedule.next_due(), Some(due));
+            schedule.take_due(now + Duration::from_secs(9));
+            schedule.note(name("shop"), Err(Failure::Timeout), now, DAY, 1.0);
+            assert!(schedule.next_due() > Some(now));
+        }
     }
 
     #[test]

@@ -112,9 +112,12 @@ impl Accepting {
     }
 
     async fn run(mut self) {
-        // Until then clients wait in the queue, or the process before takes them out of it. The sender's
-        // end is a drop, which says the same as `Draining`.
-        let _ = self.phase.wait_for(|phase| *phase >= Phase::Serving).await;
+        // Until then clients wait in the queue, or the process before takes them out of it, as it goes on
+        // doing if this one ends before it serves.
+        let serving = self.phase.wait_for(|phase| *phase >= Phase::Serving);
+        if serving.await.is_err() {
+            return;
+        }
         info!(listener = %self.name, address = %self.listener.bound, "listening");
         loop {
             let accepted = tokio::select! {
@@ -134,10 +137,8 @@ impl Accepting {
         }
         // The reactor has no use for it any more.
         drop(self.socket);
-        // A successor takes what is queued, and may have places for it.
-        if *self.phase.borrow() != Phase::Succeeded {
-            self.listener.empty_backlog(&self.shared).await;
-        }
+        // Also where a successor has the same queue: that it has this one is not known here.
+        self.listener.empty_backlog(&self.shared).await;
         info!(address = %self.listener.bound, "no longer listening");
     }
 

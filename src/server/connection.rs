@@ -364,7 +364,9 @@ async fn until_drained<C: Future<Output = hyper::Result<()>>>(
     leaving: &Cell<bool>,
     conduct: &Conduct,
 ) -> Parting {
-    let told = phase.clone();
+    let mut told = phase.clone();
+    // What has changed before is seen when it is first looked at.
+    told.mark_unchanged();
     let drain = async {
         // The sender's end is a drop, which says the same as `Draining`.
         let _ = phase.wait_for(|phase| *phase >= Phase::Leaving).await;

@@ -12,11 +12,13 @@ use std::process::Stdio;
 use tempfile::TempDir;
 
 use crate::cli::{Running, serin_after};
+use crate::resilience::refusing;
 use crate::support::dns::{DnsServer, Manner};
 use crate::support::load::Load;
 use crate::support::port::HeldPort;
 use crate::support::{
-    Client, Raw, Reply, Upstream, eventually, get, metric, shop, single, with_head,
+    Client, Raw, Reply, Upstream, eventually, eventually_asked, get, metric, shop, single,
+    with_head,
 };
 
 /// A configuration in a directory of its own, and a path for the socket.
@@ -379,6 +381,20 @@ async fn a_service_manager_is_told_when_it_serves_and_when_it_ends() {
     assert_eq!(hears(), "STOPPING=1\n");
 }
 
+/// It has been asked, and will be again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endpoint_that_is_not_well_holds_up_no_start() {
+    let (stable, refusing) = (Upstream::start("one").await, refusing().await);
+    let check = "healthCheck: { http: { path: / }, interval: 1h, timeout: 10m },";
+    let config = shop(stable.address, refusing, (0, 1), "")
+        .replace("version: '1',", &format!("version: '1', {check}"))
+        .replace("version: '2',", &format!("version: '2', {check}"));
+    let site = Site::new(&config);
+    let (_serving, web, admin) = site.serving();
+    assert_eq!(get(admin, "/readyz", &[]).await.text(), "ready\n");
+    assert_eq!(get(web, "/", &[]).await.text(), "one");
+}
+
 /// Else the canary's users would get the baseline for as long as the first checks take.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_successor_takes_no_connection_before_endpoints_have_been_asked() {
@@ -438,7 +454,10 @@ async fn who_waits_for_a_place_is_served_by_the_successor() {
     eventually("both places are taken", || upstream.held() == 2).await;
     let waiting = clients(web, 6, "/").await;
     let reached = "serin_connections_limit_reached_total";
-    while metric(get(admin, "/metrics", &[]).await.text(), reached, &[]) == 0.0 {}
+    eventually_asked("the limit is reached", async || {
+        metric(get(admin, "/metrics", &[]).await.text(), reached, &[]) > 0.0
+    })
+    .await;
 
     fs::write(&site.config, with_head(&config(100))).unwrap();
     let _new = site.serving();
