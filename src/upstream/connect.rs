@@ -78,7 +78,7 @@ struct Driver<C>(RefCell<Option<Pin<Box<C>>>>);
 
 /// What hyper may hold of a response, its head among it, and of a request, each: what slow clients do
 /// not take.
-const BUFFER: usize = 64 << 10;
+const BUFFER: usize = 96 << 10;
 
 /// Counts a connection for as long as it lives.
 pub(super) type Counted = (Up, Option<Place>);
