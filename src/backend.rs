@@ -142,9 +142,9 @@ pub struct HeaderEdits {
 // === impl Backend ===
 
 impl Backend {
-    /// True when it can take requests at all.
+    /// True when it has an endpoint that is well: nobody has to panic.
     pub fn is_available(&self) -> bool {
-        self.unavailability(self.panic_threshold).is_none()
+        self.unavailability(Ratio(0)).is_none()
     }
 
     /// Why it takes no requests for which this is the panic threshold; `None` when it does.

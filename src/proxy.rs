@@ -251,6 +251,7 @@ impl Proxy {
             trailers: translation.is_some()
                 || survey.has(Survey::TE) && headers::accepts_trailers(&parts.headers),
             tunnel: wish.is_some(),
+            fresh: false,
         };
         let subjects = &snapshot.subject_headers;
         headers::prepare_request(&mut parts, survey, route, endpoint, subjects, &origin);

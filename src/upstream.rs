@@ -98,6 +98,8 @@ pub struct Needs {
     pub trailers: bool,
     /// It asks for a tunnel.
     pub tunnel: bool,
+    /// No connection of HTTP/1.1 that has been idle will do.
+    pub fresh: bool,
 }
 
 /// Who the client is and where it has connected to, for endpoints that want to be told so for the
@@ -386,6 +388,9 @@ where
             && let Some(claim) = pool.shared.iter().find_map(Shared::claim)
         {
             return Some(Connection::Http2(claim));
+        }
+        if to.needs.fresh {
+            return None;
         }
         std::iter::from_fn(|| pool.idle.pop())
             .map(|idle| idle.connection)

@@ -14,7 +14,6 @@ use crate::config::{ConfigFile, Problem, Problems};
 use crate::control::{Status, Watching};
 use crate::explain::Question;
 use crate::routing::BASELINE;
-use crate::routing::split::Ratio;
 use crate::snapshot::{Route, Snapshot};
 
 use discovery::{Discovered, EndpointsFileView, NameView, OriginView};
@@ -315,7 +314,7 @@ impl BackendView {
             name: backend.name.to_string(),
             version: backend.version.to_string(),
             disabled: backend.disabled,
-            available: backend.unavailability(Ratio(0)).is_none(),
+            available: backend.is_available(),
             in_flight: backend.gate.inside(),
             queued: backend.gate.waiting(),
             endpoints: backend.endpoints.iter().map(endpoint).collect(),

@@ -310,9 +310,9 @@ impl Lease {
             .fetch_add(log_latency(latency), Ordering::Relaxed);
     }
 
-    /// It has not answered within the little time that was left. That counts where endpoints are compared
-    /// with each other, but is none of the failures in a row that alone eject one.
-    pub fn was_slow(&self) {
+    /// It has not answered, which may not be its fault. That counts where endpoints are compared with each
+    /// other, but is none of the failures in a row that alone eject one.
+    pub fn fell_short(&self) {
         let tally = &self.endpoint.tally;
         tally.requests.fetch_add(1, Ordering::Relaxed);
         tally.failures.fetch_add(1, Ordering::Relaxed);
@@ -321,7 +321,7 @@ impl Lease {
     /// The endpoint has failed: it could not be reached, did not answer as it should or in time, or
     /// said that it cannot.
     pub fn failed(&self) {
-        self.was_slow();
+        self.fell_short();
         let tally = &self.endpoint.tally;
         let failures = tally.consecutive_failures.fetch_add(1, Ordering::Relaxed) + 1;
         let alarm_at = tally.alarm_at.load(Ordering::Relaxed);

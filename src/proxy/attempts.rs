@@ -84,8 +84,23 @@ struct Next<'s> {
     endpoint: &'s Arc<Endpoint>,
     /// A place at its backend; `None` where it goes on with the one that it has.
     pass: Option<Pass<'s>>,
+    /// Over a connection that has not been idle: one that closes as well tells against its endpoint.
+    fresh: bool,
     /// Counts it as a repetition.
     _budget: Option<RetryPass<'s>>,
+}
+
+// === impl Way ===
+
+impl Way<'_> {
+    /// The same, for an attempt that needs a fresh connection or does not.
+    fn over(self, fresh: bool) -> Self {
+        let needs = Needs {
+            fresh,
+            ..self.needs
+        };
+        Self { needs, ..self }
+    }
 }
 
 // === impl Failed ===
@@ -108,7 +123,7 @@ impl<'s> Tried<'s> {
         match &sent {
             Ok((response, _)) if is_failure(response.status()) => lease.failed(),
             Err(error) if error.blames_endpoint() => lease.failed(),
-            Err(ProxyError::OutOfTime) => lease.was_slow(),
+            Err(ProxyError::OutOfTime | ProxyError::Stale(_)) => lease.fell_short(),
             _ => {}
         }
         let outcome = match sent {
@@ -258,6 +273,7 @@ impl<'s> Again<'s> {
             };
             self.turn_to(&next, &tried, exchange);
             let target = next.target;
+            let way = way.over(next.fresh);
             let lease = match (next.pass, tried.give_up(was_sent)) {
                 (Some(pass), _) => next.endpoint.lease(pass),
                 (None, Some(lease)) => lease.moved_to(next.endpoint),
@@ -352,6 +368,7 @@ impl<'s> Again<'s> {
             target,
             endpoint: self.choose(way, target)?,
             pass: None,
+            fresh: trouble == Trouble::Stale,
             _budget: budget,
         })
     }
@@ -365,6 +382,7 @@ impl<'s> Again<'s> {
             target,
             endpoint,
             pass: Some(pass),
+            fresh: false,
             _budget: None,
         })
     }

@@ -14,9 +14,6 @@ use http::StatusCode;
 
 use super::split::Ratio;
 
-/// How many connections a request may find closed beyond its repetitions.
-const STALE_CONNECTIONS: u32 = 2;
-
 /// What is done about failed requests of a route.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rescue {
@@ -166,15 +163,7 @@ impl Retry {
                 case.is_idempotent && case.has_others && self.codes.contains(&status)
             }
         };
-        is_covered && case.is_whole && case.retries < self.most(trouble)
-    }
-
-    /// How often at most. Where an endpoint closes its idle connections, the next one may be one of them.
-    fn most(&self, trouble: Trouble) -> u32 {
-        match trouble {
-            Trouble::Stale if self.attempts > 0 => self.attempts + STALE_CONNECTIONS,
-            _ => self.attempts,
-        }
+        is_covered && case.is_whole && case.retries < self.attempts
     }
 }
 
@@ -284,18 +273,7 @@ mod tests {
     #[test]
     fn a_connection_that_had_been_idle_says_nothing_of_its_endpoint() {
         let both = [Remedy::Retry, Remedy::Shield];
-        for retries in 0..3 {
-            let case = Case {
-                retries,
-                ..GET_AT_CANARY
-            };
-            assert_eq!(remedies(Trouble::Stale, case), both);
-        }
-        let case = Case {
-            retries: 3,
-            ..GET_AT_CANARY
-        };
-        assert_eq!(remedies(Trouble::Stale, case), [Remedy::Shield]);
+        assert_eq!(remedies(Trouble::Stale, GET_AT_CANARY), both);
         let post = Case {
             is_idempotent: false,
             ..GET_AT_CANARY
@@ -422,8 +400,7 @@ mod tests {
         fn the_baseline_is_never_shielded_and_repetitions_end(case in case(), trouble in trouble()) {
             let any = remedies(trouble, case);
             prop_assert!(!(case.at_baseline && any.contains(&Remedy::Shield)));
-            let most = if trouble == Trouble::Stale { 3 } else { 1 };
-            prop_assert!(!(case.retries >= most && any.contains(&Remedy::Retry)));
+            prop_assert!(!(case.retries >= 1 && any.contains(&Remedy::Retry)));
         }
     }
 }

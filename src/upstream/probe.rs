@@ -17,6 +17,7 @@ use super::{Needs, SendError, shape};
 const NEEDS: Needs = Needs {
     trailers: true,
     tunnel: false,
+    fresh: false,
 };
 
 /// An endpoint that is asked, and by what kind of connection. Of its backend it has only that: who asks

@@ -100,6 +100,7 @@ mod tests {
             let needs = Needs {
                 trailers: true,
                 tunnel: false,
+                fresh: false,
             };
             http2(&mut request, "127.0.0.1:1", true, needs);
             assert_eq!(request.uri(), "https://shop.example.com:8080/path?query");

@@ -174,15 +174,20 @@ async fn an_upload_that_the_canary_refuses_early_goes_to_the_baseline() {
     assert_eq!(proxy.metric("serin_upstream_errors_total", &[]), 0.0);
 }
 
-/// While it waits for room at the baseline, more of the body is sent to the canary than is kept: what is
-/// left must not pass for the whole.
-#[tokio::test]
-async fn an_upload_of_which_too_much_was_sent_is_not_sent_again() {
+/// A hasty canary, everybody's, and a baseline that takes one request at a time.
+async fn before_one_place() -> (Upstream, Arc<AtomicUsize>, Proxy) {
     let stable = Upstream::start("stable").await;
     let (hasty, read) = hasty().await;
     let own = "version: '1', limits: { inFlight: 1, queueTimeout: 100h },";
     let config = shop(stable.address, hasty, ALL, "").replace("version: '1',", own);
-    let proxy = Proxy::start(&config);
+    (stable, read, Proxy::start(&config))
+}
+
+/// While it waits for room at the baseline, more of the body is sent to the canary than is kept: what is
+/// left must not pass for the whole.
+#[tokio::test]
+async fn an_upload_of_which_too_much_was_sent_is_not_sent_again() {
+    let (stable, read, proxy) = before_one_place().await;
     let snapshot = proxy.app().live().load();
     let gate = &snapshot.backends[0].gate;
     let taken = gate.try_enter().unwrap();
@@ -202,11 +207,7 @@ async fn an_upload_of_which_too_much_was_sent_is_not_sent_again() {
 /// A body that is no body breaks off, and must not pass for one that ends.
 #[tokio::test]
 async fn an_upload_that_its_client_breaks_is_not_sent_again() {
-    let stable = Upstream::start("stable").await;
-    let (hasty, read) = hasty().await;
-    let own = "version: '1', limits: { inFlight: 1, queueTimeout: 100h },";
-    let config = shop(stable.address, hasty, ALL, "").replace("version: '1',", own);
-    let proxy = Proxy::start(&config);
+    let (stable, read, proxy) = before_one_place().await;
     let snapshot = proxy.app().live().load();
     let gate = &snapshot.backends[0].gate;
     let taken = gate.try_enter().unwrap();
@@ -266,4 +267,63 @@ async fn who_finds_no_connection_is_counted() {
         1.0
     );
     canary_upstream.release();
+}
+
+/// Answers requests but those for `/panic`, which end the connection, as a panic does in some servers.
+async fn panicking() -> SocketAddr {
+    let serve = |mut stream: TcpStream| async move {
+        loop {
+            let head = read_head(&mut stream).await;
+            if head.is_empty() || head.starts_with("GET /panic") {
+                break;
+            }
+            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+            let _ = stream.write_all(answer).await;
+        }
+    };
+    serving(serve).await.0
+}
+
+/// On a connection that was idle that says nothing; on the fresh one that is tried next it does.
+#[tokio::test]
+async fn a_canary_that_closes_connections_instead_of_answering_is_ejected() {
+    let stable = Upstream::start("stable").await;
+    let own = "version: '2', outlierDetection: { consecutiveFailures: 1 },";
+    let config = shop(stable.address, panicking().await, ALL, "").replace("version: '2',", own);
+    let proxy = Proxy::start(&format!("workers: 1\n{config}"));
+    let asked = (0..8).map(|_| send(&proxy, Method::GET, "/"));
+    for reply in futures_util::future::join_all(asked).await {
+        assert_eq!(reply.text(), "");
+    }
+    // There are idle ones left, but the second attempt takes none of them.
+    assert_eq!(send(&proxy, Method::GET, "/panic").await.text(), "stable");
+    eventually("it is ejected", || {
+        canary(&proxy, "serin_ejections_total", &[]) == 1.0
+    })
+    .await;
+}
+
+/// They were closed together, as idle ones are; their requests need no budget to go elsewhere.
+#[tokio::test]
+async fn requests_on_connections_that_close_together_all_survive() {
+    let once = |mut stream: TcpStream| async move {
+        read_head(&mut stream).await;
+        let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nfine";
+        let _ = stream.write_all(answer).await;
+        // And closes when the next request is here.
+        read_head(&mut stream).await;
+    };
+    let (once, accepted) = serving(once).await;
+    let rest = "    retry: { budgetPercent: 0 }\n";
+    let proxy = Proxy::start(&format!("workers: 1\n{}", single(once, rest)));
+    for connections in [10, 20] {
+        let asked = (0..10).map(|_| send(&proxy, Method::GET, "/"));
+        for reply in futures_util::future::join_all(asked).await {
+            assert_eq!(reply.text(), "fine");
+        }
+        assert!(accepted.load(Ordering::SeqCst) <= connections);
+    }
+    let sample = proxy.app().live().load().backends[0].endpoints[0].take_sample();
+    assert!(sample.failures > 3, "{sample:?}");
+    assert_eq!(proxy.metric("serin_ejections_total", &[]), 0.0);
 }
