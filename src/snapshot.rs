@@ -609,11 +609,13 @@ impl Route {
         // Also of a baseline that could go on with endpoints that are not well.
         let cause = backend.unavailability(NEVER);
         cause.or_else(|| {
-            // There is nobody else who could take the rest of a baseline's.
-            // And who asks for a version wants to see that one.
-            let is_bound = decision.target == BASELINE || decision.reason == Reason::Override;
-            let is_whole = is_bound || backend.part(now) >= 1.0;
-            let is_early = !is_whole && backend.part(now) <= turn(decision, dice);
+            // There is nobody else who could take the rest of a baseline's, and who asks for a version
+            // wants to see that one.
+            if decision.target == BASELINE || decision.reason == Reason::Override {
+                return None;
+            }
+            let part = backend.part(now);
+            let is_early = part < 1.0 && part <= turn(decision, dice);
             is_early.then_some(Unavailability::SlowStart)
         })
     }
