@@ -3,16 +3,21 @@
 use bytes::Bytes;
 use http::header::HeaderMap;
 use hyper::body::Frame;
+use smallvec::SmallVec;
 
 /// What keeping a part costs beside its bytes: a client that sends them one by one must not take more
 /// memory than another.
 const PART_COST: usize = 64;
 
+/// Up to this size a part is copied. A reference to it would hold on to the whole buffer that it was
+/// read into, and whoever reads the connection would need another one for each request.
+const COPIED: usize = 4 << 10;
+
 /// What was sent of a body, for as long as it is little, so that it can be sent again.
 #[derive(Debug)]
 pub(super) struct Replay {
-    /// What was sent, in order.
-    kept: Vec<Bytes>,
+    /// What was sent, in order; a short body is one part.
+    kept: SmallVec<[Bytes; 1]>,
     trailers: Option<HeaderMap>,
     /// How much more may be kept.
     room: usize,
@@ -24,14 +29,13 @@ pub(super) struct Replay {
 
 impl Replay {
     /// Keeps so many bytes, in one part; `None` if none are to be kept.
-    pub(super) fn new(kept: usize) -> Option<Box<Self>> {
-        let empty = || Self {
-            kept: Vec::new(),
+    pub(super) fn new(kept: usize) -> Option<Self> {
+        (kept > 0).then(|| Self {
+            kept: SmallVec::new(),
             trailers: None,
             room: kept + PART_COST,
             position: 0,
-        };
-        (kept > 0).then(|| Box::new(empty()))
+        })
     }
 
     /// Keeps a part that is sent for the first time; false when it is too large.
@@ -40,7 +44,10 @@ impl Replay {
             (Some(data), _) => match self.room.checked_sub(data.len() + PART_COST) {
                 Some(left) => {
                     self.room = left;
-                    self.kept.push(data.clone());
+                    self.kept.push(match data.len() {
+                        ..=COPIED => Bytes::copy_from_slice(data),
+                        _ => data.clone(),
+                    });
                 }
                 None => return false,
             },

@@ -40,7 +40,7 @@ pub(super) struct Content {
     rules: BodyRules,
     json: Option<Box<Json>>,
     /// `None` when nothing of it is kept, or any more.
-    replay: Option<Box<Replay>>,
+    replay: Option<Replay>,
 }
 
 /// What a body of JSON is until all of it has come, and it becomes a message.
