@@ -258,6 +258,8 @@ impl StreamExecutor {
 
 impl<F: Future<Output: 'static> + 'static> Executor<F> for StreamExecutor {
     fn execute(&self, stream: F) {
+        // Boxed, since a task moves what it runs half a dozen times.
+        let stream = Box::pin(stream);
         let Some(clock) = self.next.take() else {
             return drop(tokio::task::spawn_local(stream));
         };

@@ -231,10 +231,11 @@ impl Dial<'_> {
 
 impl<F: Future<Output: 'static> + 'static> Executor<F> for ConnectionExecutor {
     fn execute(&self, future: F) {
-        drop(tokio::task::spawn_local(Observed {
-            future,
-            settings: Rc::clone(&self.0),
-        }));
+        // Boxed: mostly it is one request, but it has room for a whole connection, and a task moves what it
+        // runs half a dozen times.
+        let future = Box::pin(future);
+        let settings = Rc::clone(&self.0);
+        drop(tokio::task::spawn_local(Observed { future, settings }));
     }
 }
 
