@@ -108,8 +108,8 @@ pub(super) async fn serve(
     };
     let timeout = proxy.timer().0.timeout();
     // Boxed, or every connection would keep the room that a handshake needs.
-    let prepared = prepare(stream, &listener, &mut peer, timeout);
-    let ready = match Box::pin(unless_drained(prepared, phase.clone())).await {
+    let prepared = Box::pin(prepare(stream, &listener, &mut peer, timeout));
+    let ready = match unless_drained(prepared, phase.clone()).await {
         Ok(ready) => ready,
         Err(error) => return debug!(%error, peer = %peer.address, "connection failed"),
     };
