@@ -23,6 +23,7 @@ ENV RUSTFLAGS="-C target-feature=+crt-static"
 # The dependencies alone, in a layer that stays valid until Cargo.toml or Cargo.lock changes. Tests, benchmarks and
 # examples are taken out of the manifest, since cargo would look for their files.
 COPY Cargo.toml Cargo.lock ./
+COPY .cargo .cargo
 RUN cp Cargo.toml Cargo.toml.whole \
     && awk '/^\[\[(bench|example|test)\]\]/ { skip = 1; next } /^\[/ { skip = 0 } !skip' Cargo.toml.whole > Cargo.toml \
     && mkdir src \
