@@ -84,3 +84,68 @@ impl Replay {
         kept.map(|data| data.len() as u64).sum()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Parts that are copied, and such as are not.
+        #[test]
+        fn what_was_kept_is_sent_again(
+            lengths in prop::collection::vec(0..2 * COPIED, 0..8),
+            has_trailers: bool,
+            sent_again_before in 0_usize..10,
+        ) {
+            let mut frames: Vec<_> = (b'a'..).zip(lengths).map(|(letter, length)| {
+                Frame::data(Bytes::from(vec![letter; length]))
+            }).collect();
+            if has_trailers {
+                let trailers = [("a", "b")].map(|(name, value)| (
+                    name.parse().unwrap(),
+                    value.parse().unwrap(),
+                ));
+                frames.push(Frame::trailers(trailers.into_iter().collect()));
+            }
+            let mut replay = Replay::new(1 << 20).unwrap();
+            for frame in &frames {
+                prop_assert!(replay.keep(frame));
+            }
+            prop_assert!(!replay.has_next());
+            // An attempt that is broken off, and a whole one.
+            replay.rewind();
+            for _ in 0..sent_again_before {
+                replay.next();
+            }
+            replay.rewind();
+            let bytes = frames.iter().filter_map(Frame::data_ref).map(Bytes::len).sum::<usize>();
+            prop_assert_eq!(replay.left(), bytes as u64);
+            for frame in &frames {
+                prop_assert!(replay.has_next());
+                let again = replay.next().unwrap();
+                prop_assert_eq!(again.data_ref(), frame.data_ref());
+                prop_assert_eq!(again.trailers_ref(), frame.trailers_ref());
+            }
+            prop_assert!(replay.next().is_none());
+        }
+
+        #[test]
+        fn no_more_is_kept_than_may_be(
+            lengths in prop::collection::vec(0..2 * COPIED, 0..8),
+            most in 1_usize..20_000,
+        ) {
+            let mut replay = Replay::new(most).unwrap();
+            let mut kept = 0;
+            for length in lengths {
+                let fits = kept + length + PART_COST <= most + PART_COST;
+                prop_assert_eq!(replay.keep(&Frame::data(Bytes::from(vec![0; length]))), fits);
+                if !fits {
+                    break;
+                }
+                kept += length + PART_COST;
+            }
+        }
+    }
+}
