@@ -12,7 +12,6 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use hyper::body::{Body, Frame, SizeHint};
 use hyper::rt::Executor;
-use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
 use crate::proxy::body::{BodyError, ReplyBody};
@@ -79,16 +78,14 @@ pub(super) struct StreamExecutor {
     next: Rc<RefCell<Option<Rc<StreamClock>>>>,
 }
 
-pin_project! {
-    struct Supervised<F> {
-        #[pin]
-        stream: F,
-        clock: Rc<StreamClock>,
-        timeouts: Arc<Timeouts>,
-        limit: Duration,
-        // Only streams that have stood still have one.
-        timeout: Option<Timeout>,
-    }
+/// Boxed, since a task moves what it runs half a dozen times.
+struct Supervised<F> {
+    stream: Pin<Box<F>>,
+    clock: Rc<StreamClock>,
+    timeouts: Arc<Timeouts>,
+    limit: Duration,
+    /// Only streams that have stood still have one.
+    timeout: Option<Timeout>,
 }
 
 // === impl Served ===
@@ -258,13 +255,11 @@ impl StreamExecutor {
 
 impl<F: Future<Output: 'static> + 'static> Executor<F> for StreamExecutor {
     fn execute(&self, stream: F) {
-        // Boxed, since a task moves what it runs half a dozen times.
-        let stream = Box::pin(stream);
         let Some(clock) = self.next.take() else {
             return drop(tokio::task::spawn_local(stream));
         };
         drop(tokio::task::spawn_local(Supervised {
-            stream,
+            stream: Box::pin(stream),
             clock,
             timeouts: Arc::clone(&self.timeouts),
             limit: self.limit,
@@ -278,16 +273,16 @@ impl<F: Future<Output: 'static> + 'static> Executor<F> for StreamExecutor {
 impl<F: Future> Future for Supervised<F> {
     type Output = ();
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = self.project();
-        if this.stream.poll(cx).is_ready() {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = &mut *self;
+        if this.stream.as_mut().poll(cx).is_ready() {
             return Poll::Ready(());
         }
         let Some(since) = this.clock.stands_since() else {
             return Poll::Pending;
         };
         let timeout = this.timeout.get_or_insert_with(|| this.timeouts.timeout());
-        let end = since + *this.limit;
+        let end = since + this.limit;
         if end > Instant::now() {
             timeout.set(Some(end));
         }

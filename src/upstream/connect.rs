@@ -12,7 +12,6 @@ use std::time::Duration;
 use hyper::body::Body;
 use hyper::client::conn::{http1, http2};
 use hyper::rt::Executor;
-use pin_project_lite::pin_project;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -63,12 +62,11 @@ struct FirstSettings {
     progress: Notify,
 }
 
-pin_project! {
-    struct Observed<F> {
-        #[pin]
-        future: F,
-        settings: Rc<FirstSettings>,
-    }
+/// What hyper runs for a connection: mostly one request, with room for the whole connection. Boxed, since a
+/// task moves what it runs half a dozen times.
+struct Observed<F> {
+    future: Pin<Box<F>>,
+    settings: Rc<FirstSettings>,
 }
 
 /// A connection to be driven, of which things can be asked meanwhile; `None` once it has ended, since
@@ -231,22 +229,20 @@ impl Dial<'_> {
 
 impl<F: Future<Output: 'static> + 'static> Executor<F> for ConnectionExecutor {
     fn execute(&self, future: F) {
-        // Boxed: mostly it is one request, but it has room for a whole connection, and a task moves what it
-        // runs half a dozen times.
-        let future = Box::pin(future);
-        let settings = Rc::clone(&self.0);
-        drop(tokio::task::spawn_local(Observed { future, settings }));
+        drop(tokio::task::spawn_local(Observed {
+            future: Box::pin(future),
+            settings: Rc::clone(&self.0),
+        }));
     }
 }
 
 impl<F: Future> Future for Observed<F> {
     type Output = F::Output;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        let this = self.project();
-        let polled = this.future.poll(cx);
-        if !this.settings.are_known.get() {
-            this.settings.progress.notify_one();
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let polled = self.future.as_mut().poll(cx);
+        if !self.settings.are_known.get() {
+            self.settings.progress.notify_one();
         }
         polled
     }
