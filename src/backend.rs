@@ -79,6 +79,8 @@ pub struct Transport {
     pub protocol: UpstreamProtocol,
     /// What TLS connections are made with; `None` without TLS.
     pub tls: Option<ClientTls>,
+    /// How HTTP/1.1 is spoken.
+    pub http1: Http1Policy,
     /// How HTTP/2 is spoken.
     pub http2: Http2Policy,
     /// In which version of the PROXY protocol they are told who the client is; connections then are
@@ -97,6 +99,14 @@ pub enum UpstreamProtocol {
     Http2,
     /// What the endpoint agrees on by ALPN, HTTP/2 rather than HTTP/1.1.
     Negotiated,
+}
+
+/// How HTTP/1.1 is spoken with endpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Http1Policy {
+    /// What the kernel may hold of a response, in bytes. By the time to an endpoint and back, it is what
+    /// comes over one connection in a second.
+    pub receive_buffer: usize,
 }
 
 /// How HTTP/2 is spoken with endpoints; windows, buffers and lists in bytes.
@@ -305,9 +315,18 @@ impl Default for Transport {
         Self {
             protocol: UpstreamProtocol::Http1,
             tls: None,
+            http1: Http1Policy::default(),
             http2: Http2Policy::default(),
             proxy_protocol: None,
             fingerprint: 0,
+        }
+    }
+}
+
+impl Default for Http1Policy {
+    fn default() -> Self {
+        Self {
+            receive_buffer: 128 << 10,
         }
     }
 }

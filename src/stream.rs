@@ -7,6 +7,7 @@ use std::task::{Context, Poll};
 use bytes::{Buf, Bytes};
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
+use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
@@ -15,6 +16,14 @@ use tokio_rustls::TlsStream;
 /// `writev` costs the kernel about half a microsecond more than `send`: it goes through the file
 /// system's layer and copies the list of slices first.
 const SMALL: usize = 2048;
+
+/// What the kernel takes of what is written before it can send it, in bytes.
+///
+/// Without a limit it takes megabytes of a response, at the pace of the endpoint, for a client that reads
+/// none of them. A few hundred such clients reach the limit of all connections of the machine
+/// (`net.ipv4.tcp_mem`), and segments of everybody's are lost. What is on its way does not count, so that
+/// this slows nobody down.
+const UNSENT: u32 = 64 << 10;
 
 /// A connection that hyper can read and write.
 #[derive(Debug)]
@@ -29,6 +38,16 @@ enum Transport {
     Plain(TokioIo<TcpStream>),
     /// Boxed, or every connection would have the size of one with TLS.
     Tls(Box<TokioIo<TlsStream<TcpStream>>>),
+}
+
+/// Bounds what the kernel holds of what is written to this connection, or to those that come of this
+/// listener.
+///
+/// # Errors
+///
+/// Whatever the operating system has against it.
+pub fn bound_unsent(socket: SockRef<'_>) -> io::Result<()> {
+    socket.set_tcp_notsent_lowat(UNSENT)
 }
 
 // === impl Stream ===

@@ -18,8 +18,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use backend::{
-    Backend, BackendHttp2, BackendProtocol, BackendTimeouts, BackendTls, HeaderEdits, Pool,
-    ProxyProtocolVersion,
+    Backend, BackendHttp1, BackendHttp2, BackendProtocol, BackendTimeouts, BackendTls, HeaderEdits,
+    Pool, ProxyProtocolVersion,
 };
 pub use dns::Dns;
 pub use filter::{

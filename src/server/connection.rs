@@ -51,8 +51,9 @@ const LAST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 const FAREWELL: Duration = Duration::from_secs(1);
 
 /// What hyper may hold of what comes and of what goes, each; by default it is four times as much, which
-/// thousands of slow clients would take. With less than this, uploads of 64 KiB need twice the system calls.
-const BUFFER: usize = 96 << 10;
+/// thousands of slow clients would take. A body of 64 KiB fits with its head: without, it needs twice the system
+/// calls.
+const BUFFER: usize = 80 << 10;
 
 /// hyper's own limit, for which it needs no memory besides the stack.
 const HEADER_FIELDS_OF_HYPER: usize = 100;

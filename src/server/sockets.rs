@@ -9,8 +9,10 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tracing::{info, warn};
+
+use crate::stream::bound_unsent;
 
 use super::BACKLOG;
 
@@ -92,6 +94,10 @@ impl Sockets {
             }
             None => listen(address)?,
         };
+        if let Err(error) = bound_unsent(SockRef::from(&socket)) {
+            // Whoever gives a socket may know others than plain TCP.
+            warn!(listener = %name, %error, "slow readers may take more of the kernel's memory");
+        }
         let socket = Arc::new(socket);
         state.open.retain(|(_, open)| open.strong_count() > 0);
         state.open.push((Arc::clone(name), Arc::downgrade(&socket)));

@@ -12,6 +12,7 @@ use std::time::Duration;
 use hyper::body::Body;
 use hyper::client::conn::{http1, http2};
 use hyper::rt::Executor;
+use socket2::SockRef;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -19,9 +20,9 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tracing::debug;
 
-use crate::backend::{Endpoint, Http2Policy, Transport, UpstreamProtocol};
+use crate::backend::{Endpoint, Http1Policy, Http2Policy, Transport, UpstreamProtocol};
 use crate::proxy_protocol;
-use crate::stream::Stream;
+use crate::stream::{Stream, bound_unsent};
 use crate::telemetry::metrics::Up;
 use crate::tls::ALPN_HTTP2;
 use crate::tls::client::ClientTls;
@@ -76,7 +77,7 @@ struct Driver<C>(RefCell<Option<Pin<Box<C>>>>);
 
 /// What hyper may hold of a response, its head among it, and of a request, each: what slow clients do
 /// not take.
-const BUFFER: usize = 96 << 10;
+const BUFFER: usize = 80 << 10;
 
 /// Counts a connection for as long as it lives.
 pub(super) type Counted = (Up, Option<Place>);
@@ -109,6 +110,7 @@ where
 async fn dial(to: Dial<'_>) -> io::Result<(Stream, bool)> {
     let mut stream = TcpStream::connect(to.endpoint.address).await?;
     stream.set_nodelay(true)?;
+    bound_unsent(SockRef::from(&stream))?;
     let transport = to.transport;
     if let Some(version) = transport.proxy_protocol {
         let header = match to.addresses {
@@ -120,6 +122,9 @@ async fn dial(to: Dial<'_>) -> io::Result<(Stream, bool)> {
     match &transport.tls {
         None => {
             let speaks_http2 = transport.protocol == UpstreamProtocol::Http2;
+            if !speaks_http2 {
+                transport.http1.bound_received(&stream)?;
+            }
             Ok((Stream::plain(stream), speaks_http2))
         }
         // Boxed, since only few connections are made.
@@ -138,7 +143,17 @@ async fn dial_tls(stream: TcpStream, tls: &ClientTls, to: Dial<'_>) -> io::Resul
         let reason = "the endpoint does not agree on HTTP/2 by ALPN";
         return Err(io::Error::other(reason));
     }
+    if !speaks_http2 {
+        to.transport.http1.bound_received(stream.get_ref().0)?;
+    }
     Ok((Stream::tls(stream), speaks_http2))
+}
+
+impl Http1Policy {
+    /// Bounds what the kernel holds of what comes over this connection. Over HTTP/2 the windows do so.
+    fn bound_received(self, stream: &TcpStream) -> io::Result<()> {
+        SockRef::from(stream).set_recv_buffer_size(self.receive_buffer)
+    }
 }
 
 async fn handshake_http1<B>(stream: Stream, counted: Counted) -> Result<Connected<B>, SendError>

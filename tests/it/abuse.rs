@@ -4,20 +4,30 @@
 //! `headers`.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use socket2::SockRef;
 use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpSocket, TcpStream};
 
 use crate::cli::Running;
 use crate::support::frames::{
     CONTINUATION, DATA, END_HEADERS, END_STREAM, End, Frames, HEADERS, PING, RST_STREAM, SETTINGS,
     WINDOW_UPDATE, field, frame, get,
 };
+use crate::support::upstream::{read_head, serving};
 use crate::support::{
     self, Client, PATIENCE, Proxy, Raw, Upstream, eventually, metric, shop, single, with_head,
 };
 
 const WHOLE: u8 = END_HEADERS | END_STREAM;
+
+/// Of an endpoint that sends more than anybody reads.
+const SEND_BUFFER: usize = 64 << 10;
+/// Of a client that reads nothing.
+const RECEIVE_BUFFER: usize = 4096;
 
 /// Why a connection ends whose client asks too much (RFC 9113 section 7).
 const ENHANCE_YOUR_CALM: u32 = 11;
@@ -289,6 +299,60 @@ async fn slow_readers() {
     assert!(grown < 1_500_000, "{grown} KiB for 100 clients");
     all_is_well(&proxy).await;
     drop(clients);
+}
+
+/// What an endpoint can send for a client that reads nothing is held by the kernel for the most part, and counts for
+/// the whole machine (`net.ipv4.tcp_mem`).
+#[tokio::test]
+async fn the_kernel_holds_little_for_a_client_that_reads_nothing() {
+    let sent = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&sent);
+    let endless = serving(move |mut stream: TcpStream| {
+        let sent = Arc::clone(&counted);
+        async move {
+            SockRef::from(&stream)
+                .set_send_buffer_size(SEND_BUFFER)
+                .unwrap();
+            read_head(&mut stream).await;
+            let head = b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n";
+            stream.write_all(head).await.unwrap();
+            // Until the test ends, and with it the proxy.
+            while let Ok(written) = stream.write(&[b'x'; 16 << 10]).await {
+                sent.fetch_add(written, Ordering::Relaxed);
+            }
+        }
+    });
+    let (endless, _) = endless.await;
+    let quick = Upstream::start("one").await;
+    let proxy = Proxy::start(&with_head(&format!(
+        "backends:
+  - {{ name: endless, endpoints: ['{endless}'], http1: {{ receiveBuffer: 4Ki }} }}
+  - {{ name: quick, endpoints: ['{}'] }}
+routes:
+  - {{ name: endless, matches: [ {{ path: {{ value: /endless }} }} ], backendRefs: [ {{ name: endless }} ] }}
+  - {{ name: quick, backendRefs: [ {{ name: quick }} ] }}
+",
+        quick.address
+    )));
+    let socket = TcpSocket::new_v4().unwrap();
+    // What its own kernel holds does not count.
+    SockRef::from(&socket)
+        .set_recv_buffer_size(RECEIVE_BUFFER)
+        .unwrap();
+    let mut raw = Raw::over(socket.connect(proxy.address()).await.unwrap());
+    raw.send("GET /endless HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let held = || sent.load(Ordering::Relaxed);
+    eventually("something has come", || held() > 0).await;
+    let mut client = Client::connect(proxy.address()).await;
+    let mut before = 0;
+    // Everybody else is served a hundred times, and nothing more has come: so much it is.
+    while held() > before {
+        before = held();
+        for _ in 0..100 {
+            assert_eq!(client.get("/", &[]).await.text(), "one");
+        }
+    }
+    assert!(held() < 256 << 10, "{} bytes", held());
 }
 
 /// What a process holds in memory now, without the pages of its program.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rustls::pki_types::ServerName;
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::backend::{Http2Policy, Transport, UpstreamProtocol};
+use crate::backend::{Http1Policy, Http2Policy, Transport, UpstreamProtocol};
 use crate::config::document::Path;
 use crate::config::file::{self, BackendProtocol, Size};
 use crate::proxy_protocol::Version;
@@ -26,11 +26,12 @@ impl Checker<'_> {
     ) -> Option<(Arc<Transport>, OwnCertificate)> {
         // Everything that makes one connection unlike another goes in.
         let mut print = Xxh3::new();
+        let http1 = self.backend_http1(&backend.http1, &at.key("http1"));
         let http2 = self.backend_http2(&backend.http2, &at.key("http2"));
         let protocol = self.upstream_protocol(backend, &at.key("protocol"));
         print.update(
             format!(
-                "{protocol:?} {http2:?} {:?} {:?}",
+                "{protocol:?} {http1:?} {http2:?} {:?} {:?}",
                 backend.tls, backend.proxy_protocol
             )
             .as_bytes(),
@@ -45,6 +46,7 @@ impl Checker<'_> {
         let transport = Transport {
             protocol: protocol?,
             tls,
+            http1: http1?,
             http2: http2?,
             proxy_protocol: backend.proxy_protocol.map(|version| match version {
                 file::ProxyProtocolVersion::V1 => Version::V1,
@@ -168,6 +170,14 @@ impl Checker<'_> {
                 None
             }
         }
+    }
+
+    fn backend_http1(&mut self, own: &file::BackendHttp1, at: &Path) -> Option<Http1Policy> {
+        let receive_buffer = self.size(own.receive_buffer, BUFFERS, &at.key("receiveBuffer"));
+        let default = Http1Policy::default();
+        Some(Http1Policy {
+            receive_buffer: receive_buffer?.map_or(default.receive_buffer, |size| size as usize),
+        })
     }
 
     fn backend_http2(&mut self, own: &file::BackendHttp2, at: &Path) -> Option<Http2Policy> {

@@ -49,6 +49,9 @@ pub struct Backend {
     /// The connections kept open to each endpoint.
     #[serde(default)]
     pub pool: Pool,
+    /// How HTTP/1.1 is spoken with its endpoints.
+    #[serde(default)]
+    pub http1: BackendHttp1,
     /// How HTTP/2 is spoken with its endpoints.
     #[serde(default)]
     pub http2: BackendHttp2,
@@ -120,6 +123,15 @@ pub struct BackendTls {
     /// everything.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub insecure_skip_verify: bool,
+}
+
+/// How HTTP/1.1 is spoken with the endpoints of a backend.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct BackendHttp1 {
+    /// The bytes of one response that the kernel may hold for a slow client (default 128Ki).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receive_buffer: Option<Size>,
 }
 
 /// How HTTP/2 is spoken with the endpoints of a backend.
