@@ -28,6 +28,11 @@ pub(crate) const READY: &str = "ready";
 /// kernel's buffers, which are a multiple of it, would hold megabytes for each connection.
 pub(crate) const SEGMENT: u32 = 1448;
 
+/// What of a response the kernel takes before Serin reads it. It would grow to megabytes, and thousands of
+/// them reach the limit of all connections of the machine (`net.ipv4.tcp_mem`), which then loses segments
+/// of everybody's. Elsewhere endpoints have machines of their own.
+const SEND_BUFFER: usize = 16 * 1024;
+
 const CHUNK: usize = 64 * 1024;
 static FULL: [u8; CHUNK] = [FILLING; CHUNK];
 const MOST_HEADERS: usize = 64;
@@ -54,6 +59,7 @@ async fn serve(address: SocketAddr, status: Arc<AtomicU16>) -> Result<(), Error>
     let socket = tokio::net::TcpSocket::new_v4()?;
     socket.set_reuseaddr(true)?;
     SockRef::from(&socket).set_tcp_mss(SEGMENT)?;
+    SockRef::from(&socket).set_send_buffer_size(SEND_BUFFER)?;
     socket.bind(address)?;
     let listener = socket.listen(4096)?;
     println!("{READY}");

@@ -72,6 +72,14 @@ struct Count {
     ended: AtomicUsize,
 }
 
+/// Memory at its most, in KiB.
+#[derive(Clone, Copy, Default)]
+struct Most {
+    process: u64,
+    /// What the kernel's buffers hold.
+    kernel: u64,
+}
+
 pub(crate) async fn run(pace: &Pace) -> Result<Finding, Error> {
     let clients = clients(pace);
     let mut stage = Stage::set(pace, Launch::Plainly, Wiring::Nothing, |config| {
@@ -86,7 +94,7 @@ pub(crate) async fn run(pace: &Pace) -> Result<Finding, Error> {
     let count = Arc::new(Count::default());
     let crowd = crowd(address, clients, pace.time(ARRIVAL), &count);
     let stay = pace.time(ARRIVAL + STAY);
-    let most = most_memory(&stage.serin.process, stay).await?;
+    let most = Most::of(&stage.serin.process, stay).await?;
     drop(crowd);
     let to = load.now();
     sleep(pace.time(AFTER)).await;
@@ -95,13 +103,15 @@ pub(crate) async fn run(pace: &Pace) -> Result<Finding, Error> {
     let span = Span { from, to };
     let mut finding = Finding::new(&record, span);
     let here = count.most.load(Ordering::SeqCst);
-    let each = most.saturating_sub(before) as f64 / here.max(1) as f64;
+    let each = most.process.saturating_sub(before) as f64 / here.max(1) as f64;
     finding.add(&format!(
-        "{here} slow clients at once, Serin ended {} connections; memory {} MiB before, {} MiB at most, {} MiB after",
+        "{here} slow clients at once, Serin ended {} connections; memory {} MiB before, {} MiB at most, {} MiB after; the kernel's for all \
+         connections, on both sides, {} MiB at most",
         count.ended.load(Ordering::SeqCst),
         before / 1024,
-        most / 1024,
+        most.process / 1024,
         after / 1024,
+        most.kernel / 1024,
     ));
     if clients < CLIENTS && !pace.quick {
         finding.add("the limit of descriptors allows no more");
@@ -209,13 +219,28 @@ async fn sip(stream: &mut TcpStream) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The most that it has while this much time passes, in KiB.
-async fn most_memory(process: &Process, time: Duration) -> Result<u64, Error> {
-    let end = Instant::now() + time;
-    let mut most = 0;
-    while Instant::now() < end {
-        most = most.max(process.memory_kib()?);
-        sleep(Duration::from_millis(250)).await;
+impl Most {
+    /// While this much time passes.
+    async fn of(process: &Process, time: Duration) -> Result<Self, Error> {
+        let end = Instant::now() + time;
+        let mut most = Self::default();
+        while Instant::now() < end {
+            most.process = most.process.max(process.memory_kib()?);
+            most.kernel = most.kernel.max(tcp_memory_kib()?);
+            sleep(Duration::from_millis(250)).await;
+        }
+        Ok(most)
     }
-    Ok(most)
+}
+
+/// What the kernel's buffers for all connections hold now: Serin's and those of the other ends.
+fn tcp_memory_kib() -> Result<u64, Error> {
+    let text = std::fs::read_to_string("/proc/net/sockstat")?;
+    let line = text.lines().find(|line| line.starts_with("TCP:"));
+    let mut words = line.into_iter().flat_map(str::split_whitespace);
+    let pages: Option<u64> = words
+        .find(|word| *word == "mem")
+        .and_then(|_| words.next()?.parse().ok());
+    let pages = pages.ok_or("no TCP memory in /proc/net/sockstat")?;
+    Ok(pages * rustix::param::page_size() as u64 / 1024)
 }
