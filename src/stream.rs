@@ -69,6 +69,19 @@ impl Stream {
         }
     }
 
+    /// Bounds what the kernel holds of what comes, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the operating system has against it.
+    pub fn bound_received(&self, bytes: usize) -> io::Result<()> {
+        let tcp = match &self.transport {
+            Transport::Plain(stream) => stream.inner(),
+            Transport::Tls(stream) => stream.inner().get_ref().0,
+        };
+        SockRef::from(tcp).set_recv_buffer_size(bytes)
+    }
+
     /// Puts what was read already back in front.
     pub fn put_back(&mut self, bytes: Bytes) {
         self.read_before = bytes;

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tracing::debug;
 
-use crate::backend::{Endpoint, Http1Policy, Http2Policy, Transport, UpstreamProtocol};
+use crate::backend::{Endpoint, Http2Policy, Transport, UpstreamProtocol};
 use crate::proxy_protocol;
 use crate::stream::{Stream, bound_unsent};
 use crate::telemetry::metrics::Up;
@@ -98,6 +98,9 @@ where
         if speaks_http2 {
             Box::pin(handshake_http2(to.transport.http2, stream, counted)).await
         } else {
+            // Over HTTP/2 the windows do so.
+            let bounded = stream.bound_received(to.transport.http1.receive_buffer);
+            bounded.map_err(SendError::Connect)?;
             handshake_http1(stream, counted).await
         }
     };
@@ -122,9 +125,6 @@ async fn dial(to: Dial<'_>) -> io::Result<(Stream, bool)> {
     match &transport.tls {
         None => {
             let speaks_http2 = transport.protocol == UpstreamProtocol::Http2;
-            if !speaks_http2 {
-                transport.http1.bound_received(&stream)?;
-            }
             Ok((Stream::plain(stream), speaks_http2))
         }
         // Boxed, since only few connections are made.
@@ -143,17 +143,7 @@ async fn dial_tls(stream: TcpStream, tls: &ClientTls, to: Dial<'_>) -> io::Resul
         let reason = "the endpoint does not agree on HTTP/2 by ALPN";
         return Err(io::Error::other(reason));
     }
-    if !speaks_http2 {
-        to.transport.http1.bound_received(stream.get_ref().0)?;
-    }
     Ok((Stream::tls(stream), speaks_http2))
-}
-
-impl Http1Policy {
-    /// Bounds what the kernel holds of what comes over this connection. Over HTTP/2 the windows do so.
-    fn bound_received(self, stream: &TcpStream) -> io::Result<()> {
-        SockRef::from(stream).set_recv_buffer_size(self.receive_buffer)
-    }
 }
 
 async fn handshake_http1<B>(stream: Stream, counted: Counted) -> Result<Connected<B>, SendError>

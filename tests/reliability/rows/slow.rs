@@ -105,8 +105,8 @@ pub(crate) async fn run(pace: &Pace) -> Result<Finding, Error> {
     let here = count.most.load(Ordering::SeqCst);
     let each = most.process.saturating_sub(before) as f64 / here.max(1) as f64;
     finding.add(&format!(
-        "{here} slow clients at once, Serin ended {} connections; memory {} MiB before, {} MiB at most, {} MiB after; the kernel's for all \
-         connections, on both sides, {} MiB at most",
+        "{here} slow clients at once, Serin ended {} connections; memory {} MiB before, {} MiB at most, \
+         {} MiB after; the kernel's for all connections, on both sides, {} MiB at most",
         count.ended.load(Ordering::SeqCst),
         before / 1024,
         most.process / 1024,
