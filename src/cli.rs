@@ -10,8 +10,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 #[derive(Debug, Parser)]
 #[command(name = "serin", version, about, max_term_width = 100)]
 pub struct Cli {
-    /// What to log: error, warn, info, debug, trace, or a filter such as `info,serin::proxy=debug`
-    /// (default: info, and warn for the demo).
+    /// What to log: error, warn, info, debug, or a filter such as `info,serin::proxy=debug` (default:
+    /// info, and warn for the demo). Builds for production have no level trace.
     #[arg(long, env = "SERIN_LOG", global = true, value_name = "FILTER")]
     pub log: Option<String>,
 
