@@ -104,9 +104,9 @@ pub enum UpstreamProtocol {
 /// How HTTP/1.1 is spoken with endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Http1Policy {
-    /// What the kernel may hold of a response, in bytes. By the time to an endpoint and back, it is what
-    /// comes over one connection in a second.
-    pub receive_buffer: usize,
+    /// `SO_RCVBUF`: how much the kernel may hold of a response, in bytes, which it takes for half of the
+    /// memory that it may use. `None` lets it grow as the system is set.
+    pub receive_buffer: Option<usize>,
 }
 
 /// How HTTP/2 is spoken with endpoints; windows, buffers and lists in bytes.
@@ -326,7 +326,7 @@ impl Default for Transport {
 impl Default for Http1Policy {
     fn default() -> Self {
         Self {
-            receive_buffer: 128 << 10,
+            receive_buffer: Some(128 << 10),
         }
     }
 }

@@ -22,8 +22,13 @@ const SMALL: usize = 2048;
 /// Without a limit it takes megabytes of a response, at the pace of the endpoint, for a client that reads
 /// none of them. A few hundred such clients reach the limit of all connections of the machine
 /// (`net.ipv4.tcp_mem`), and segments of everybody's are lost. What is on its way does not count, so that
-/// this slows nobody down.
+/// a connection is as fast as without, unless its thread is late by the time that this much takes.
 const UNSENT: u32 = 64 << 10;
+
+/// What hyper may hold of what comes over a connection with HTTP/1.1 and of what goes, each, in bytes. By
+/// default it is four or five times as much, which thousands of slow clients would take. A body of 64 KiB fits
+/// with its head: without, it needs twice the system calls.
+pub const HYPER_BUFFER: usize = 80 << 10;
 
 /// A connection that hyper can read and write.
 #[derive(Debug)]
@@ -67,19 +72,6 @@ impl Stream {
             transport: Transport::Tls(Box::new(TokioIo::new(stream.into()))),
             read_before: Bytes::new(),
         }
-    }
-
-    /// Bounds what the kernel holds of what comes, in bytes.
-    ///
-    /// # Errors
-    ///
-    /// Whatever the operating system has against it.
-    pub fn bound_received(&self, bytes: usize) -> io::Result<()> {
-        let tcp = match &self.transport {
-            Transport::Plain(stream) => stream.inner(),
-            Transport::Tls(stream) => stream.inner().get_ref().0,
-        };
-        SockRef::from(tcp).set_recv_buffer_size(bytes)
     }
 
     /// Puts what was read already back in front.

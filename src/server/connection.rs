@@ -29,7 +29,7 @@ use crate::proxy::origin::{Peer, TlsSession};
 use crate::proxy::timeouts::Timeout;
 use crate::proxy_protocol;
 use crate::snapshot::Listener;
-use crate::stream::Stream;
+use crate::stream::{HYPER_BUFFER, Stream};
 use crate::tls::server::ServerTls;
 
 use super::Phase;
@@ -49,11 +49,6 @@ const LAST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 
 /// How long a client has to take leave of a connection that rests.
 const FAREWELL: Duration = Duration::from_secs(1);
-
-/// What hyper may hold of what comes and of what goes, each; by default it is four times as much, which
-/// thousands of slow clients would take. A body of 64 KiB fits with its head: without, it needs twice the system
-/// calls.
-const BUFFER: usize = 80 << 10;
 
 /// hyper's own limit, for which it needs no memory besides the stack.
 const HEADER_FIELDS_OF_HYPER: usize = 100;
@@ -276,7 +271,7 @@ async fn serve_http1(
     let mut builder = http1::Builder::new();
     builder
         .header_read_timeout(None)
-        .max_buf_size(BUFFER.max(request_head as usize))
+        .max_buf_size(HYPER_BUFFER.max(request_head as usize))
         .max_header_size(request_head as usize);
     if header_fields != HEADER_FIELDS_OF_HYPER {
         builder.max_headers(header_fields);

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use hyper::client::conn::{http1, http2};
 use hyper::rt::Executor;
 use socket2::SockRef;
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -22,7 +23,7 @@ use tracing::debug;
 
 use crate::backend::{Endpoint, Http2Policy, Transport, UpstreamProtocol};
 use crate::proxy_protocol;
-use crate::stream::{Stream, bound_unsent};
+use crate::stream::{HYPER_BUFFER, Stream, bound_unsent};
 use crate::telemetry::metrics::Up;
 use crate::tls::ALPN_HTTP2;
 use crate::tls::client::ClientTls;
@@ -75,10 +76,6 @@ struct Observed<F> {
 #[derive(Debug)]
 struct Driver<C>(RefCell<Option<Pin<Box<C>>>>);
 
-/// What hyper may hold of a response, its head among it, and of a request, each: what slow clients do
-/// not take.
-const BUFFER: usize = 80 << 10;
-
 /// Counts a connection for as long as it lives.
 pub(super) type Counted = (Up, Option<Place>);
 
@@ -98,9 +95,6 @@ where
         if speaks_http2 {
             Box::pin(handshake_http2(to.transport.http2, stream, counted)).await
         } else {
-            // Over HTTP/2 the windows do so.
-            let bounded = stream.bound_received(to.transport.http1.receive_buffer);
-            bounded.map_err(SendError::Connect)?;
             handshake_http1(stream, counted).await
         }
     };
@@ -111,9 +105,7 @@ where
 
 /// Gives the connection, and whether HTTP/2 is spoken over it.
 async fn dial(to: Dial<'_>) -> io::Result<(Stream, bool)> {
-    let mut stream = TcpStream::connect(to.endpoint.address).await?;
-    stream.set_nodelay(true)?;
-    bound_unsent(SockRef::from(&stream))?;
+    let mut stream = to.socket()?.connect(to.endpoint.address).await?;
     let transport = to.transport;
     if let Some(version) = transport.proxy_protocol {
         let header = match to.addresses {
@@ -143,6 +135,9 @@ async fn dial_tls(stream: TcpStream, tls: &ClientTls, to: Dial<'_>) -> io::Resul
         let reason = "the endpoint does not agree on HTTP/2 by ALPN";
         return Err(io::Error::other(reason));
     }
+    if to.transport.protocol == UpstreamProtocol::Negotiated && !speaks_http2 {
+        to.bound_received(SockRef::from(stream.get_ref().0));
+    }
     Ok((Stream::tls(stream), speaks_http2))
 }
 
@@ -153,7 +148,7 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let (sender, driver) = http1::Builder::new()
-        .max_buf_size(BUFFER)
+        .max_buf_size(HYPER_BUFFER)
         .handshake::<_, B>(AnsweredEarly::new(stream))
         .await
         .map_err(|error| SendError::Connect(io::Error::other(error)))?;
@@ -227,6 +222,34 @@ impl Dial<'_> {
     /// HTTP/1.1, and few have them in HTTP/2.
     pub(super) fn needs_http1(&self) -> bool {
         self.needs.tunnel && self.transport.protocol != UpstreamProtocol::Http2
+    }
+
+    /// What is to be connected. What the kernel holds is bounded as far as it lets it be: it works without.
+    fn socket(&self) -> io::Result<TcpSocket> {
+        let socket = match self.endpoint.address {
+            SocketAddr::V4(_) => TcpSocket::new_v4(),
+            SocketAddr::V6(_) => TcpSocket::new_v6(),
+        }?;
+        socket.set_nodelay(true)?;
+        if let Err(error) = bound_unsent(SockRef::from(&socket)) {
+            debug!(%error, "the kernel may hold more of slow uploads");
+        }
+        // Before it is connected: an endpoint that has seen a large window waits for another one, and before
+        // Linux 6.11 the window stays as it was at first.
+        if self.transport.protocol == UpstreamProtocol::Http1 {
+            self.bound_received(SockRef::from(&socket));
+        }
+        Ok(socket)
+    }
+
+    /// Bounds what the kernel holds of responses over HTTP/1.1; over HTTP/2 the windows do so.
+    fn bound_received(&self, socket: SockRef<'_>) {
+        let Some(bytes) = self.transport.http1.receive_buffer else {
+            return;
+        };
+        if let Err(error) = socket.set_recv_buffer_size(bytes) {
+            debug!(%error, "the kernel may hold more of responses for slow clients");
+        }
     }
 }
 

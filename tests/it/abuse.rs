@@ -5,18 +5,21 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::sleep;
+use tokio_rustls::TlsAcceptor;
 
 use crate::cli::Running;
 use crate::support::frames::{
     CONTINUATION, DATA, END_HEADERS, END_STREAM, End, Frames, HEADERS, PING, RST_STREAM, SETTINGS,
     WINDOW_UPDATE, field, frame, get,
 };
+use crate::support::tls::Authority;
 use crate::support::upstream::{read_head, serving};
 use crate::support::{
     self, Client, PATIENCE, Proxy, Raw, Upstream, eventually, metric, shop, single, with_head,
@@ -24,10 +27,14 @@ use crate::support::{
 
 const WHOLE: u8 = END_HEADERS | END_STREAM;
 
-/// Of an endpoint that sends more than anybody reads.
-const SEND_BUFFER: usize = 64 << 10;
-/// Of a client that reads nothing.
+/// Of a client that stops reading.
 const RECEIVE_BUFFER: usize = 4096;
+
+/// What it reads before that, in bytes.
+const READ_AT_FIRST: usize = 64 << 20;
+
+/// Longer than the kernel pauses while there is something that it can send.
+const REST: Duration = Duration::from_millis(500);
 
 /// Why a connection ends whose client asks too much (RFC 9113 section 7).
 const ENHANCE_YOUR_CALM: u32 = 11;
@@ -238,7 +245,7 @@ async fn slow_heads() {
             begun.elapsed() < Duration::from_secs(20),
             "it may go on for ever"
         );
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(silent.read_to_end().await, "");
     // Also between two requests, and the second head.
@@ -301,67 +308,143 @@ async fn slow_readers() {
     drop(clients);
 }
 
-/// What an endpoint can send for a client that reads nothing is held by the kernel for the most part, and counts for
-/// the whole machine (`net.ipv4.tcp_mem`).
+/// What an endpoint sends for a client that does not read it is held by the kernel for the most part, and counts for the
+/// whole machine (`net.ipv4.tcp_mem`).
 #[tokio::test]
-async fn the_kernel_holds_little_for_a_client_that_reads_nothing() {
-    // With a small receive buffer it is nearly all, with the default the send buffer would grow.
-    for (receive_buffer, most) in [("4Ki", 256 << 10), ("128Ki", 1 << 20)] {
-        let held = held_for_who_reads_nothing(receive_buffer).await;
-        assert!(held < most, "{held} bytes with {receive_buffer}");
+async fn the_kernel_holds_little_for_a_client_that_stops_reading() {
+    let authority = Authority::new("tests");
+    let config = authority.issue(&["127.0.0.1"]).server(&["http/1.1"], None);
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    // What is set, for what is received twice as much, and a segment or two.
+    let (most_unsent, most_unread) = (192 << 10, 320 << 10);
+    for (backend, acceptor) in [
+        ("", None),
+        (
+            ", protocol: http1, tls: { caFile: ca.pem }",
+            Some(&acceptor),
+        ),
+        (", protocol: auto, tls: { caFile: ca.pem }", Some(&acceptor)),
+    ] {
+        let (endless, _) = endless(acceptor.cloned()).await;
+        let quick = Upstream::start("one").await;
+        let config = two(endless, backend, quick.address);
+        let proxy = Proxy::start_with(&config, |directory| {
+            std::fs::write(directory.join("ca.pem"), &authority.pem).unwrap();
+        });
+        let held = held_for_who_stops_reading(&proxy, endless).await;
+        let is_little = held.unsent <= most_unsent && held.unread <= most_unread;
+        assert!(is_little, "{held:?} with `{backend}`");
     }
 }
 
-/// What an endpoint can send, in bytes.
-async fn held_for_who_reads_nothing(receive_buffer: &str) -> usize {
-    let sent = Arc::new(AtomicUsize::new(0));
-    let counted = Arc::clone(&sent);
-    let endless = serving(move |mut stream: TcpStream| {
-        let sent = Arc::clone(&counted);
+/// Less than the default is taken as it stands.
+#[tokio::test]
+async fn a_backend_says_what_the_kernel_holds_of_its_responses() {
+    let (endless, _) = endless(None).await;
+    let quick = Upstream::start("one").await;
+    let small = ", http1: { receiveBuffer: 64Ki }";
+    let proxy = Proxy::start(&two(endless, small, quick.address));
+    let held = held_for_who_stops_reading(&proxy, endless).await;
+    assert!(held.unread <= 192 << 10, "{held:?}");
+}
+
+/// An endpoint whose responses do not end.
+async fn endless(acceptor: Option<TlsAcceptor>) -> (SocketAddr, Arc<AtomicUsize>) {
+    serving(move |mut stream: TcpStream| {
+        let acceptor = acceptor.clone();
         async move {
-            SockRef::from(&stream)
-                .set_send_buffer_size(SEND_BUFFER)
-                .unwrap();
-            read_head(&mut stream).await;
-            let head = b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n";
-            stream.write_all(head).await.unwrap();
-            // Until the test ends, and with it the proxy.
-            while let Ok(written) = stream.write(&[b'x'; 16 << 10]).await {
-                sent.fetch_add(written, Ordering::Relaxed);
+            match acceptor {
+                None => send_endlessly(&mut stream).await,
+                Some(acceptor) => {
+                    send_endlessly(&mut acceptor.accept(stream).await.unwrap()).await;
+                }
             }
         }
-    });
-    let (endless, _) = endless.await;
-    let quick = Upstream::start("one").await;
-    let proxy = Proxy::start(&with_head(&format!(
+    })
+    .await
+}
+
+/// Until nobody wants it any more.
+async fn send_endlessly(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) {
+    read_head(stream).await;
+    let head = b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n";
+    stream.write_all(head).await.unwrap();
+    while stream.write_all(&[b'x'; 16 << 10]).await.is_ok() {}
+}
+
+/// A backend that answers `/endless`, and one that answers all else.
+fn two(endless: SocketAddr, more: &str, quick: SocketAddr) -> String {
+    with_head(&format!(
         "backends:
-  - {{ name: endless, endpoints: ['{endless}'], http1: {{ receiveBuffer: {receive_buffer} }} }}
-  - {{ name: quick, endpoints: ['{}'] }}
+  - {{ name: endless, endpoints: ['{endless}']{more} }}
+  - {{ name: quick, endpoints: ['{quick}'] }}
 routes:
   - {{ name: endless, matches: [ {{ path: {{ value: /endless }} }} ], backendRefs: [ {{ name: endless }} ] }}
   - {{ name: quick, backendRefs: [ {{ name: quick }} ] }}
-",
-        quick.address
-    )));
+"
+    ))
+}
+
+/// What the kernel holds of one response, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Held {
+    /// On the connection to the client.
+    unsent: usize,
+    /// On the connection to the endpoint.
+    unread: usize,
+}
+
+/// As soon as nothing more comes while everybody else is served.
+async fn held_for_who_stops_reading(proxy: &Proxy, endless: SocketAddr) -> Held {
     let socket = TcpSocket::new_v4().unwrap();
-    // What its own kernel holds does not count.
+    // Little of it gets as far as to the client.
     SockRef::from(&socket)
         .set_recv_buffer_size(RECEIVE_BUFFER)
         .unwrap();
-    let mut raw = Raw::over(socket.connect(proxy.address()).await.unwrap());
-    raw.send("GET /endless HTTP/1.1\r\nhost: a\r\n\r\n").await;
-    let held = || sent.load(Ordering::Relaxed);
-    eventually("something has come", || held() > 0).await;
-    let mut client = Client::connect(proxy.address()).await;
-    let mut before = 0;
-    // Everybody else is served a hundred times, and nothing more has come: so much it is.
-    while held() > before {
+    let mut stream = socket.connect(proxy.address()).await.unwrap();
+    let client = stream.local_addr().unwrap();
+    let request = b"GET /endless HTTP/1.1\r\nhost: a\r\n\r\n";
+    stream.write_all(request).await.unwrap();
+    // Meanwhile buffers that have no bound grow.
+    stream
+        .read_exact(&mut vec![0; READ_AT_FIRST])
+        .await
+        .unwrap();
+    let held = || {
+        Some(Held {
+            unsent: queues_to(client)?.0,
+            unread: queues_to(endless)?.1,
+        })
+    };
+    let is_full = || held().is_some_and(|held| held.unsent > 0 && held.unread > 0);
+    eventually("both are full", is_full).await;
+    let mut others = Client::connect(proxy.address()).await;
+    let mut before = None;
+    while held() != before {
         before = held();
         for _ in 0..100 {
-            assert_eq!(client.get("/", &[]).await.text(), "one");
+            assert_eq!(others.get("/", &[]).await.text(), "one");
         }
+        sleep(REST).await;
     }
-    held()
+    before.unwrap()
+}
+
+/// The bytes that wait to be sent and those that wait to be read, at our end of the connection with this address.
+fn queues_to(address: SocketAddr) -> Option<(usize, usize)> {
+    let SocketAddr::V4(address) = address else {
+        panic!("{address} is not in this table");
+    };
+    let bits = u32::from_ne_bytes(address.ip().octets());
+    let peer = format!("{bits:08X}:{:04X}", address.port());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let fields = table.lines().map(|line| line.split_whitespace().collect());
+    let connection = fields
+        .into_iter()
+        .find(|fields: &Vec<_>| fields[2] == peer)?;
+    let (unsent, unread) = connection[4].split_once(':')?;
+    let bytes = |hex| usize::from_str_radix(hex, 16).unwrap();
+    Some((bytes(unsent), bytes(unread)))
 }
 
 /// What a process holds in memory now, without the pages of its program.
@@ -397,7 +480,7 @@ async fn a_slow_but_steady_reader_is_served_to_the_end() {
         taken += u32::try_from(frame.payload.len()).unwrap();
         // Once the window is used up, or it would come to be used in ever smaller pieces.
         if taken >= window {
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            sleep(Duration::from_millis(50)).await;
             for stream in [0, 1] {
                 let update = taken.to_be_bytes();
                 connection.send(WINDOW_UPDATE, 0, stream, &update).await;
@@ -459,7 +542,7 @@ async fn is_left_alone(admin: SocketAddr) {
             return;
         }
         assert!(Instant::now() < deadline, "{left:?} are left");
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -469,7 +552,7 @@ async fn flood_and_watch(web: SocketAddr, times: usize, process: u32) -> usize {
     let mut busiest = 0;
     while !flood.is_finished() {
         busiest = busiest.max(resident_kib(process));
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        sleep(Duration::from_millis(10)).await;
     }
     flood.await.unwrap();
     busiest
@@ -516,7 +599,7 @@ async fn flood(web: SocketAddr, times: usize) {
             slow.send("GET /bytes/3000000 HTTP/1.1\r\nhost: a\r\n\r\n")
                 .await;
             // Whoever reads nothing is cut off, which only a read finds out; so this is the longest that it takes.
-            tokio::time::sleep(Duration::from_secs(3)).await;
+            sleep(Duration::from_secs(3)).await;
             slow.read_to_end().await;
         });
         floods.spawn(async move {
@@ -525,7 +608,7 @@ async fn flood(web: SocketAddr, times: usize) {
                 let bytes = get("/bytes/3000000");
                 slow.send(HEADERS, WHOLE, number * 2 + 1, &bytes).await;
             }
-            tokio::time::sleep(Duration::from_secs(3)).await;
+            sleep(Duration::from_secs(3)).await;
             slow.end_of(u32::MAX).await;
         });
         floods.spawn(async move {

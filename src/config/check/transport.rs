@@ -1,5 +1,6 @@
 //! Checks what is spoken with the endpoints of a backend, and over what.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use rustls::pki_types::ServerName;
@@ -14,6 +15,9 @@ use crate::tls::{self, ALPN_HTTP1, ALPN_HTTP2, Certificate};
 
 use super::Checker;
 use super::listener::{BUFFERS, WINDOWS};
+
+/// With less, an endpoint whose segments are as large as those of the loopback device sends next to nothing.
+const RECEIVE_BUFFERS: RangeInclusive<u64> = 65_536..=(1 << 30);
 
 /// The file of our own certificate, and until when it is valid.
 type OwnCertificate = Option<(String, i64)>;
@@ -173,11 +177,14 @@ impl Checker<'_> {
     }
 
     fn backend_http1(&mut self, own: &file::BackendHttp1, at: &Path) -> Option<Http1Policy> {
-        let receive_buffer = self.size(own.receive_buffer, BUFFERS, &at.key("receiveBuffer"));
-        let default = Http1Policy::default();
-        Some(Http1Policy {
-            receive_buffer: receive_buffer?.map_or(default.receive_buffer, |size| size as usize),
-        })
+        let receive_buffer = match own.receive_buffer {
+            None => Http1Policy::default().receive_buffer,
+            Some(Size(0)) => None,
+            given => self
+                .size(given, RECEIVE_BUFFERS, &at.key("receiveBuffer"))?
+                .map(|size| size as usize),
+        };
+        Some(Http1Policy { receive_buffer })
     }
 
     fn backend_http2(&mut self, own: &file::BackendHttp2, at: &Path) -> Option<Http2Policy> {

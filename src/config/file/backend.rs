@@ -129,7 +129,8 @@ pub struct BackendTls {
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct BackendHttp1 {
-    /// The bytes of one response that the kernel may hold for a slow client (default 128Ki).
+    /// The bytes of one response that the kernel may hold for a slow client, 64Ki or more, up to twice as many as
+    /// it counts them (default 128Ki); 0 leaves it to the kernel.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub receive_buffer: Option<Size>,
 }

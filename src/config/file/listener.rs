@@ -145,7 +145,8 @@ pub struct ListenerTimeouts {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("pattern" = DURATION_PATTERN))]
     pub request_body: Option<String>,
-    /// While a client takes nothing of a response (default 30s).
+    /// While a client takes nothing of a response, or less of it than some 80 KiB, in HTTP/2 than some 16 KiB
+    /// (default 30s).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("pattern" = DURATION_PATTERN))]
     pub write: Option<String>,
