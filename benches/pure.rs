@@ -17,8 +17,9 @@ use serin::discovery::{Located, Names, Origin, locate};
 use serin::routing::RequestHead;
 use serin::routing::split::Split;
 use serin::routing::user_list::{Format, UserList};
-use serin::snapshot::{Living, Revision, compile};
+use serin::snapshot::{Living, Revision, Sources, compile};
 use serin::telemetry::metrics::Metrics;
+use serin::weights::RuntimeWeights;
 use tokio::time::Instant;
 
 /// A configuration with so many routes, each with a host of its own, two versions and a rule.
@@ -80,6 +81,16 @@ fn ids(count: usize) -> Vec<u8> {
     text
 }
 
+fn sources<'s>(config: &'s Config, endpoints: &'s [Vec<Located>]) -> Sources<'s> {
+    static NONE: RuntimeWeights = RuntimeWeights::none();
+    Sources {
+        config,
+        lists: &[],
+        endpoints,
+        weights: &NONE,
+    }
+}
+
 fn route_and_decide(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("route_and_decide");
     let headers = headers();
@@ -87,14 +98,8 @@ fn route_and_decide(criterion: &mut Criterion) {
         let metrics = Metrics::new(&[], 1);
         let config = config(routes);
         let endpoints = endpoints(&config);
-        let snapshot = compile(
-            &config,
-            &[],
-            &endpoints,
-            Revision(1),
-            &mut Living::default(),
-            &metrics,
-        );
+        let sources = sources(&config, &endpoints);
+        let snapshot = compile(sources, Revision(1), &mut Living::default(), &metrics);
         let host = format!("host-{}.example.com", (routes - 1) / 10);
         let head = RequestHead {
             host: &host,
@@ -177,10 +182,11 @@ fn snapshot_compile(criterion: &mut Criterion) {
         let metrics = Metrics::new(&[], 1);
         let mut living = Living::default();
         // As at a reload: endpoints and metric handles are there already.
-        let _living = compile(&config, &[], &endpoints, Revision(1), &mut living, &metrics);
+        let sources = sources(&config, &endpoints);
+        let _living = compile(sources, Revision(1), &mut living, &metrics);
         group.bench_function(BenchmarkId::from_parameter(routes), |bencher| {
             bencher.iter(|| {
-                compile(&config, &[], &endpoints, Revision(2), &mut living, &metrics)
+                compile(sources, Revision(2), &mut living, &metrics)
                     .routes
                     .len()
             });

@@ -2,12 +2,15 @@
 //!
 //! It reads what is in force and asks for changes; it changes nothing itself. It runs on the
 //! control thread, so that no scrape can hold up a request, and never on a data listener.
+//! Everybody who reaches it may read; who may change weights is up to [`access`](crate::access).
 
 mod exposition;
 pub mod view;
+mod weights;
 
 use std::convert::Infallible;
-use std::net::TcpListener;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -20,19 +23,26 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioTimer;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 use tracing::{debug, error, warn};
 
 use crate::config::watch::ReloadRequest;
-use crate::control::{StatusBoard, Watching};
+use crate::control::{Change, StatusBoard, Watching};
 use crate::explain::{Question, explain};
 use crate::server::Phase;
 use crate::snapshot::Live;
+use crate::stream::Stream;
 use crate::telemetry::metrics::Metrics;
+use crate::tls::certificate;
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const LARGEST_BODY: usize = 64 * 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -47,6 +57,8 @@ pub struct Admin {
     pub metrics: Arc<Metrics>,
     /// The way to ask for a reload.
     pub reload: mpsc::Sender<ReloadRequest>,
+    /// The way to ask for other weights.
+    pub changes: mpsc::Sender<Change>,
     /// Whether the proxy is starting, or being shut down.
     pub phase: watch::Receiver<Phase>,
     /// When it begins to answer.
@@ -54,6 +66,14 @@ pub struct Admin {
 }
 
 type Reply = Response<Full<Bytes>>;
+
+/// Who has connected.
+#[derive(Debug)]
+struct Caller {
+    address: SocketAddr,
+    /// The subject of its certificate, if it has shown one.
+    subject: Option<String>,
+}
 
 /// What there is on the admin listener.
 #[derive(Clone, Copy, Debug)]
@@ -64,23 +84,33 @@ enum Resource {
     Config,
     ConfigStatus,
     Routes,
+    Weights,
     Backends,
     Reload,
     Explain,
 }
 
-/// Every path with its method; one place for routing, 405 and the list that 404 shows.
-const PATHS: [(&str, Method, Resource); 10] = [
-    ("/livez", Method::GET, Resource::Liveness),
-    ("/readyz", Method::GET, Resource::Readiness),
-    ("/healthz", Method::GET, Resource::Readiness),
-    ("/metrics", Method::GET, Resource::Metrics),
-    ("/api/v1/config", Method::GET, Resource::Config),
-    ("/api/v1/config/status", Method::GET, Resource::ConfigStatus),
-    ("/api/v1/routes", Method::GET, Resource::Routes),
-    ("/api/v1/backends", Method::GET, Resource::Backends),
-    ("/api/v1/reload", Method::POST, Resource::Reload),
-    ("/api/v1/explain", Method::POST, Resource::Explain),
+const GET: &[Method] = &[Method::GET];
+const POST: &[Method] = &[Method::POST];
+const GET_PUT_DELETE: &[Method] = &[Method::GET, Method::PUT, Method::DELETE];
+
+/// Every path with its methods; one place for routing, 405 and the list that 404 shows.
+const PATHS: [(&str, &[Method], Resource); 11] = [
+    ("/livez", GET, Resource::Liveness),
+    ("/readyz", GET, Resource::Readiness),
+    ("/healthz", GET, Resource::Readiness),
+    ("/metrics", GET, Resource::Metrics),
+    ("/api/v1/config", GET, Resource::Config),
+    ("/api/v1/config/status", GET, Resource::ConfigStatus),
+    ("/api/v1/routes", GET, Resource::Routes),
+    (
+        "/api/v1/routes/{route}/weights",
+        GET_PUT_DELETE,
+        Resource::Weights,
+    ),
+    ("/api/v1/backends", GET, Resource::Backends),
+    ("/api/v1/reload", POST, Resource::Reload),
+    ("/api/v1/explain", POST, Resource::Explain),
 ];
 
 // === impl Admin ===
@@ -107,7 +137,13 @@ impl Admin {
                 accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok((stream, _)) => drop(tokio::task::spawn_local(serve(Rc::clone(&admin), stream))),
+                Ok((stream, address)) => {
+                    drop(tokio::task::spawn_local(serve(
+                        Rc::clone(&admin),
+                        stream,
+                        address,
+                    )));
+                }
                 Err(error) => {
                     warn!(%error, "the admin listener cannot accept");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -116,22 +152,23 @@ impl Admin {
         }
     }
 
-    async fn handle(&self, request: Request<Incoming>) -> Reply {
-        let path = request.uri().path();
-        let known = PATHS.iter().find(|(known, _, _)| *known == path);
-        let Some((_, method, resource)) = known else {
+    async fn handle(&self, caller: &Caller, request: Request<Incoming>) -> Reply {
+        let path = request.uri().path().to_owned();
+        let known = PATHS.iter().find_map(|(known, methods, resource)| {
+            Some((variable(known, &path)?, *methods, *resource))
+        });
+        let Some((variable, methods, resource)) = known else {
             let paths = PATHS.iter().map(|(path, _, _)| *path);
             return json(StatusCode::NOT_FOUND, &view::Failure::not_found(paths));
         };
         // HEAD asks for what GET would say.
-        let head = request.method() == Method::HEAD && *method == Method::GET;
-        if request.method() != method && !head {
-            return not_allowed(method);
+        let method = match request.method() {
+            &Method::HEAD => &Method::GET,
+            method => method,
+        };
+        if !methods.contains(method) {
+            return not_allowed(methods);
         }
-        self.answer(*resource, request).await
-    }
-
-    async fn answer(&self, resource: Resource, request: Request<Incoming>) -> Reply {
         let ok = StatusCode::OK;
         match resource {
             Resource::Liveness => text(ok, "ok\n".to_owned()),
@@ -140,6 +177,7 @@ impl Admin {
             Resource::Config => json(ok, &view::ConfigView::new(&self.board.load())),
             Resource::ConfigStatus => json(ok, &view::StatusView::new(&self.board.load())),
             Resource::Routes => json(ok, &view::routes(&self.live.load())),
+            Resource::Weights => self.weights(variable, caller, request).await,
             Resource::Backends => json(ok, &view::backends(&self.live.load(), &self.board.load())),
             Resource::Reload => self.reload().await,
             Resource::Explain => self.explain(request).await,
@@ -181,10 +219,7 @@ impl Admin {
         }
         let (sender, outcome) = oneshot::channel();
         if self.reload.send(sender).await.is_err() {
-            return json(
-                StatusCode::SERVICE_UNAVAILABLE,
-                &view::Failure::new("the proxy is shutting down"),
-            );
+            return shutting_down();
         }
         match outcome.await {
             Ok(Ok(revision)) => json(
@@ -197,30 +232,13 @@ impl Admin {
                 StatusCode::UNPROCESSABLE_ENTITY,
                 &view::Failure::refused(&problems),
             ),
-            Err(_) => json(
-                StatusCode::SERVICE_UNAVAILABLE,
-                &view::Failure::new("the proxy is shutting down"),
-            ),
+            Err(_) => shutting_down(),
         }
     }
 
     async fn explain(&self, request: Request<Incoming>) -> Reply {
-        let body = match Limited::new(request.into_body(), LARGEST_BODY)
-            .collect()
-            .await
-        {
-            Ok(body) => body.to_bytes(),
-            Err(error) => {
-                return json(
-                    StatusCode::BAD_REQUEST,
-                    &view::Failure::new(error.to_string()),
-                );
-            }
-        };
-        let question = serde_json::from_slice::<view::QuestionView>(&body)
-            .map_err(|error| error.to_string())
-            .and_then(view::QuestionView::into_question);
-        match question {
+        let question = read::<view::QuestionView>(request).await;
+        match question.and_then(view::QuestionView::into_question) {
             Ok(question) => self.answer_question(&question),
             Err(reason) => json(StatusCode::BAD_REQUEST, &view::Failure::new(reason)),
         }
@@ -234,12 +252,19 @@ impl Admin {
     }
 }
 
-async fn serve(admin: Rc<Admin>, stream: tokio::net::TcpStream) {
-    let service = service_fn(|request| async { Ok::<_, Infallible>(admin.handle(request).await) });
+async fn serve(admin: Rc<Admin>, stream: TcpStream, address: SocketAddr) {
+    let accepted = timeout(HANDSHAKE_TIMEOUT, accept(&admin.live, stream)).await;
+    let (stream, subject) = match accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+        Ok(accepted) => accepted,
+        Err(error) => return debug!(%error, %address, "admin connection failed"),
+    };
+    let caller = Caller { address, subject };
+    let service =
+        service_fn(|request| async { Ok::<_, Infallible>(admin.handle(&caller, request).await) });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE_TIMEOUT)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(stream, service);
     let mut connection = pin!(connection);
     let mut phase = admin.phase.clone();
     let served = tokio::select! {
@@ -252,6 +277,40 @@ async fn serve(admin: Rc<Admin>, stream: tokio::net::TcpStream) {
     if let Err(error) = served {
         debug!(%error, "admin connection ended");
     }
+}
+
+/// Does the TLS handshake, where there is one; gives the subject of the certificate that was shown.
+async fn accept(live: &Live, stream: TcpStream) -> io::Result<(Stream, Option<String>)> {
+    let Some(tls) = live.load().admin.tls.clone() else {
+        return Ok((Stream::plain(stream), None));
+    };
+    let accepted = TlsAcceptor::from(tls.config).accept(stream).await?;
+    let shown = accepted.get_ref().1.peer_certificates();
+    let subject = shown.and_then(<[_]>::first).and_then(certificate::subject);
+    Ok((Stream::tls(accepted), subject))
+}
+
+/// What stands in a path where a known one has its `{...}`, and nothing where that has none; `None` for another
+/// path.
+fn variable<'p>(known: &str, path: &'p str) -> Option<&'p str> {
+    let Some((before, rest)) = known.split_once('{') else {
+        return (known == path).then_some("");
+    };
+    let (_, after) = rest.split_once('}')?;
+    let part = path.strip_prefix(before)?.strip_suffix(after)?;
+    (!part.is_empty() && !part.contains('/')).then_some(part)
+}
+
+/// Reads the JSON that a request holds; what is wrong with it otherwise.
+async fn read<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, String> {
+    let body = Limited::new(request.into_body(), LARGEST_BODY).collect();
+    let body = body.await.map_err(|error| error.to_string())?;
+    serde_json::from_slice(&body.to_bytes()).map_err(|error| error.to_string())
+}
+
+fn shutting_down() -> Reply {
+    let failure = view::Failure::new("the proxy is shutting down");
+    json(StatusCode::SERVICE_UNAVAILABLE, &failure)
 }
 
 fn text(status: StatusCode, body: String) -> Reply {
@@ -276,12 +335,12 @@ fn reply(status: StatusCode, content_type: &'static str, body: String) -> Reply 
     response
 }
 
-fn not_allowed(method: &Method) -> Reply {
-    let mut reply = json(
-        StatusCode::METHOD_NOT_ALLOWED,
-        &view::Failure::new(format!("use {method}")),
-    );
-    if let Ok(allow) = HeaderValue::from_str(method.as_str()) {
+fn not_allowed(methods: &[Method]) -> Reply {
+    let methods: Vec<&str> = methods.iter().map(Method::as_str).collect();
+    let methods = methods.join(", ");
+    let failure = view::Failure::new(format!("use {methods}"));
+    let mut reply = json(StatusCode::METHOD_NOT_ALLOWED, &failure);
+    if let Ok(allow) = HeaderValue::from_str(&methods) {
         reply.headers_mut().insert(ALLOW, allow);
     }
     reply

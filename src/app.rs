@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::admin::Admin;
 use crate::backend::{Endpoint, Impediment};
@@ -41,6 +41,7 @@ use crate::snapshot::{Live, Revision, Snapshot};
 use crate::telemetry::access_log::Sinks;
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::Shortage;
+use crate::weights::{RuntimeWeights, state};
 
 /// How often a drain looks whether it is over.
 const DRAIN_TICK: Duration = Duration::from_millis(10);
@@ -162,9 +163,11 @@ impl App {
         // Before anybody can connect: a client should not be told that a backend has no endpoints
         // only because nobody has asked yet.
         let found = first_names(&loaded).map_err(|error| failed("the resolver", error))?;
+        let weights = first_weights(&loaded.config);
         let (control, bound) = Control::new(
             loaded,
             found,
+            weights,
             watching,
             Arc::clone(&sockets),
             Arc::clone(&metrics),
@@ -192,6 +195,7 @@ impl App {
             board: Arc::clone(&board),
             metrics: Arc::clone(&metrics),
             reload: reload.clone(),
+            changes: changes.clone(),
             phase: phase.subscribe(),
             answers_from,
         };
@@ -480,6 +484,25 @@ impl ControlJobs {
     }
 }
 
+/// What was set before this process started. What cannot be used costs nobody the start, and is put aside for
+/// whoever wants to see it.
+fn first_weights(config: &Config) -> RuntimeWeights {
+    let Some(path) = &config.state_file else {
+        return RuntimeWeights::none();
+    };
+    let reason = match state::read(path) {
+        Ok(weights) => return weights,
+        Err(reason) => reason,
+    };
+    let file = path.display();
+    error!(%file, "the state file {reason}; the weights are those of the configuration");
+    match state::put_aside(path) {
+        Ok(aside) => warn!(%file, aside = %aside.display(), "the state file was put aside"),
+        Err(error) => warn!(%file, %error, "the state file cannot be put aside"),
+    }
+    RuntimeWeights::none()
+}
+
 /// Asks for all names of endpoints; those that cannot be resolved in time come in later.
 fn first_names(loaded: &Loaded) -> io::Result<Names> {
     let names = names_of(loaded);
@@ -537,7 +560,7 @@ fn connection_limit(config: &Config, workers: usize) -> usize {
 }
 
 fn bind_admin(loaded: &Loaded, sockets: &Sockets) -> Result<Arc<TcpListener>, Problems> {
-    let address = loaded.config.admin;
+    let address = loaded.config.admin.address;
     let listening = sockets.listen(&ADMIN.into(), address);
     listening.map_err(|error| {
         let at = Path::default().key("admin").key("address");

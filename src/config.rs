@@ -26,6 +26,7 @@ use std::time::Duration;
 use http::header::HeaderName;
 use ipnet::IpNet;
 
+use crate::access;
 use crate::backend::{
     ConnectionPolicy, GateLimits, HeaderEdits, HealthCheck, OutlierPolicy, Transport,
 };
@@ -53,13 +54,15 @@ pub struct Config {
     /// Where requests come in.
     pub listeners: Vec<Listener>,
     /// Where operators come in.
-    pub admin: SocketAddr,
+    pub admin: Admin,
     /// How many worker threads there are.
     pub workers: Workers,
     /// How many connections clients may have; `None` where the file descriptors decide.
     pub max_connections: Option<usize>,
     /// How the process ends on SIGTERM.
     pub shutdown: Shutdown,
+    /// Where weights that are set at run time outlive the process.
+    pub state_file: Option<PathBuf>,
     /// How many requests are served at a time.
     pub overload: Overload,
     /// Upper bounds of the latency histograms in seconds.
@@ -74,6 +77,17 @@ pub struct Config {
     pub user_lists: Vec<UserList>,
     /// The routes in the order of the file.
     pub routes: Vec<Route>,
+}
+
+/// Where operators come in.
+#[derive(Clone, Debug)]
+pub struct Admin {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// What TLS connections are accepted with; `None` without TLS.
+    pub tls: Option<tls::server::Settings>,
+    /// Who may change what is served.
+    pub writers: Arc<[access::Writer]>,
 }
 
 /// How the process ends.

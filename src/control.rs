@@ -5,6 +5,7 @@
 //! and what the status page says is what is in force.
 
 pub(crate) mod endpoints;
+pub mod weights;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path as FilePath, PathBuf};
@@ -13,6 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until};
 use tracing::{error, info, warn};
 
 use crate::backend::Alarms;
@@ -26,9 +28,13 @@ use crate::routing::UserList;
 use crate::server::acceptor::Acceptor;
 use crate::server::sockets::Sockets;
 use crate::server::{self, BoundSocket, DrainingListener, OpenListener, Phase};
-use crate::snapshot::{Live, Living, Revision, Snapshot, compile};
+use crate::snapshot::{Live, Living, Revision, Snapshot, Sources, compile};
 use crate::telemetry::access_log::{AccessLog, Output, Sinks};
 use crate::telemetry::metrics::Metrics;
+use crate::weights::RuntimeWeights;
+use crate::weights::state::StateFile;
+
+use weights::{Refusal, Saved, WeightsOrder};
 
 /// Something that changes what is served.
 #[derive(Debug)]
@@ -64,6 +70,13 @@ pub enum Change {
         loaded: Result<LoadedEndpoints, String>,
         /// What was found of the names that are new in it.
         names: Names,
+    },
+    /// Somebody wants other weights for a route.
+    Weights {
+        /// Which ones.
+        order: WeightsOrder,
+        /// Told what became of it.
+        reply: oneshot::Sender<Result<(), Refusal>>,
     },
     /// Watching files for changes failed, or works again.
     Watching(Watching),
@@ -112,6 +125,10 @@ pub struct Status {
     pub names: Arc<Names>,
     /// Files of endpoints that could not be read again, and why; those read before stay in force.
     pub stale_endpoints: HashMap<PathBuf, String>,
+    /// Weights that are set over those of the file.
+    pub weights: Arc<RuntimeWeights>,
+    /// Whether they outlive the process.
+    pub saved: Saved,
     /// How file changes are noticed.
     pub watching: Watching,
 }
@@ -137,6 +154,12 @@ pub struct Control {
     /// What the process started with and cannot change.
     fixed: Fixed,
     board: StatusBoard,
+    /// Weights that are set over those of the file.
+    weights: Arc<RuntimeWeights>,
+    /// Where they outlive the process.
+    state: Option<StateFile>,
+    /// When that is tried again.
+    save_at: Option<Instant>,
     /// What the job of discovery is to follow.
     wanted: watch::Sender<Wanted>,
 }
@@ -166,7 +189,7 @@ struct Fixed {
 
 impl Control {
     /// Binds the listeners and compiles the first snapshot, with what was `found` of the names of
-    /// endpoints.
+    /// endpoints, and the weights that were set before.
     ///
     /// # Errors
     ///
@@ -174,6 +197,7 @@ impl Control {
     pub fn new(
         loaded: Loaded,
         found: Names,
+        mut weights: RuntimeWeights,
         watching: Watching,
         sockets: Arc<Sockets>,
         metrics: Arc<Metrics>,
@@ -184,7 +208,7 @@ impl Control {
         let access_log = open_log(&loaded, None, &sinks)?;
         let fixed = Fixed {
             workers: loaded.config.workers,
-            admin: loaded.config.admin,
+            admin: loaded.config.admin.address,
             max_connections: loaded.config.max_connections,
             duration_buckets: loaded.config.duration_buckets.clone(),
         };
@@ -196,7 +220,9 @@ impl Control {
             access_log: access_log.as_ref(),
         };
         let names = endpoints::merge_names(&metrics, &loaded, &Names::new(), found);
-        let first = compile_loaded(&loaded, &names, revision, &mut living, &metrics);
+        let save_at =
+            (!weights::yielded(&mut weights, &loaded.config).is_empty()).then(Instant::now);
+        let first = compile_loaded(&loaded, &names, &weights, revision, &mut living, &metrics);
         let first = open.with(first);
         let wanted = watch::Sender::new(Wanted {
             settings: loaded.config.dns.clone(),
@@ -204,6 +230,8 @@ impl Control {
             reloads: 0,
         });
         let now = SystemTime::now();
+        let weights = Arc::new(weights);
+        let state = loaded.config.state_file.clone().map(StateFile::new);
         let status = Status {
             revision,
             loaded: Arc::new(loaded),
@@ -214,6 +242,8 @@ impl Control {
             stale_lists: HashMap::new(),
             names,
             stale_endpoints: HashMap::new(),
+            weights: Arc::clone(&weights),
+            saved: Saved::first(state.as_ref()),
             watching,
         };
         show(&metrics, &status);
@@ -238,6 +268,9 @@ impl Control {
                 sinks,
                 fixed,
                 board,
+                weights,
+                state,
+                save_at,
                 wanted,
             },
             bound,
@@ -322,6 +355,11 @@ impl Control {
                     loaded: Err(reason),
                     ..
                 } => self.keep_endpoints(&path, &reason),
+                Change::Weights { order, reply } => {
+                    let set = self.set_weights(order).await;
+                    // Whoever asked may have gone.
+                    let _ = reply.send(set);
+                }
                 Change::Watching(watching) => self.update(|status| status.watching = watching),
             }
         }
@@ -337,6 +375,7 @@ impl Control {
                     moved.ok()?;
                     self.follow_phase();
                 }
+                () = until(self.save_at) => self.save().await,
                 change = changes.recv() => return change,
             }
         }
@@ -372,6 +411,7 @@ impl Control {
         let draining = closed.into_iter().filter_map(|open| open.drain(&before));
         self.draining.extend(draining);
         let names = self.known_names(&loaded, found);
+        let are_weights_less = self.yield_weights(&loaded.config);
         let revision = self.publish(&loaded, &names).await;
         self.want(&loaded, &names);
         for socket in bound {
@@ -409,6 +449,7 @@ impl Control {
                 .stale_endpoints
                 .retain(|path, _| same_endpoints(before, &status.loaded, path));
         });
+        self.follow_state_file(are_weights_less).await;
         Ok(revision)
     }
 
@@ -480,7 +521,10 @@ impl Control {
         tokio::task::spawn_local(retire(self.live.publish(next)));
         self.living.tallies.prune();
         let listeners = &loaded.config.listeners;
-        let is_open = |address| listeners.iter().any(|open| open.address == address);
+        let is_open = |address| {
+            address == loaded.config.admin.address
+                || listeners.iter().any(|open| open.address == address)
+        };
         self.living.tickets.retain(is_open);
         self.metrics.prune();
         revision
@@ -501,10 +545,10 @@ impl Control {
         revision: Revision,
     ) -> Snapshot {
         let (loaded, names) = (Arc::clone(loaded), Arc::clone(names));
-        let metrics = Arc::clone(&self.metrics);
+        let (weights, metrics) = (Arc::clone(&self.weights), Arc::clone(&self.metrics));
         let mut living = std::mem::take(&mut self.living);
         let compiling = tokio::task::spawn_blocking(move || {
-            let next = compile_loaded(&loaded, &names, revision, &mut living, &metrics);
+            let next = compile_loaded(&loaded, &names, &weights, revision, &mut living, &metrics);
             (next, living)
         });
         tokio::pin!(compiling);
@@ -525,6 +569,7 @@ impl Control {
 
     fn update(&self, change: impl FnOnce(&mut Status)) {
         let mut status = Status::clone(&self.board.load());
+        status.weights = Arc::clone(&self.weights);
         change(&mut status);
         show(&self.metrics, &status);
         self.board.store(Arc::new(status));
@@ -546,7 +591,7 @@ impl Fixed {
     fn differences(&self, config: &Config) -> Vec<&'static str> {
         let differences = [
             (self.workers != config.workers, "workers"),
-            (self.admin != config.admin, "admin.address"),
+            (self.admin != config.admin.address, "admin.address"),
             (
                 self.max_connections != config.max_connections,
                 "connections.max",
@@ -580,6 +625,14 @@ async fn retire(snapshot: Arc<Snapshot>) {
     }
     // Nobody waits for it.
     drop(tokio::task::spawn_blocking(move || drop(snapshot)));
+}
+
+/// Waits for ever where there is no such time.
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
 }
 
 fn same_list(before: &Loaded, after: &Loaded, source: &ListSource) -> bool {
@@ -720,34 +773,31 @@ impl Open<'_> {
 fn compile_loaded(
     loaded: &Loaded,
     names: &Names,
+    weights: &RuntimeWeights,
     revision: Revision,
     living: &mut Living,
     metrics: &Metrics,
 ) -> Snapshot {
-    let lists = lists_in_order(loaded);
-    let endpoints = endpoints::located(loaded, names);
-    compile(
-        &loaded.config,
-        &lists,
-        &endpoints,
-        revision,
-        living,
-        metrics,
-    )
+    let sources = Sources {
+        config: &loaded.config,
+        lists: &lists_in_order(loaded),
+        endpoints: &endpoints::located(loaded, names),
+        weights,
+    };
+    compile(sources, revision, living, metrics)
 }
 
 /// The snapshot that a configuration would give, for those who only want to ask it. Nobody is asked
 /// for names: they count as if they were resolved.
 pub fn offline_snapshot(loaded: &Loaded) -> Snapshot {
     let metrics = Metrics::new(&loaded.config.duration_buckets, 1);
-    compile(
-        &loaded.config,
-        &lists_in_order(loaded),
-        &endpoints::located_offline(loaded),
-        Revision(0),
-        &mut Living::default(),
-        &metrics,
-    )
+    let sources = Sources {
+        config: &loaded.config,
+        lists: &lists_in_order(loaded),
+        endpoints: &endpoints::located_offline(loaded),
+        weights: &RuntimeWeights::none(),
+    };
+    compile(sources, Revision(0), &mut Living::default(), &metrics)
 }
 
 /// The user lists of a configuration in the order of its file.
@@ -789,6 +839,7 @@ fn show(metrics: &Metrics, status: &Status) {
         .gauge("serin_overload_limit", &[])
         .set(limit.map_or(f64::NAN, f64::from));
     metrics.set_config_info(status.revision.0, status.loaded.hash);
+    weights::show(metrics, status);
     endpoints::show(metrics, status);
     for (file, not_after) in certificates(&status.loaded.config) {
         let gauge = metrics.gauge(NOT_AFTER, &[("certificate", file)]);
@@ -855,6 +906,7 @@ fn forget(metrics: &Metrics, before: &Config, after: &Config) {
 /// The certificates of a configuration: their files, and when they expire.
 fn certificates(config: &Config) -> impl Iterator<Item = (&str, i64)> {
     let of_listeners = config.listeners.iter().filter_map(|one| one.tls.as_ref());
+    let of_listeners = of_listeners.chain(&config.admin.tls);
     let of_listeners = of_listeners.flat_map(|tls| &tls.certificates);
     let of_listeners = of_listeners.map(|named| (&*named.file, named.certificate.not_after));
     let of_backends = config.backends.iter();
@@ -893,7 +945,8 @@ routes: [ { name: all, backendRefs: [ { name: only } ] } ]
         let loaded = load_text(FilePath::new("serin.yaml"), CONFIG, &mut load_list).unwrap();
         let metrics = Arc::new(Metrics::new(&loaded.config.duration_buckets, 1));
         let (found, sockets) = (Names::new(), Arc::default());
-        let made = Control::new(loaded, found, Watching::Nothing, sockets, metrics);
+        let weights = RuntimeWeights::none();
+        let made = Control::new(loaded, found, weights, Watching::Nothing, sockets, metrics);
         made.unwrap_or_else(|problems| panic!("{problems}")).0
     }
 

@@ -13,13 +13,15 @@
 //! * [`health`]: takes endpoints out that are not well;
 //! * [`config`]: from the file's text to a configuration that cannot be wrong;
 //! * [`snapshot`], [`control`]: what requests are served by, and the only place that replaces it;
-//! * [`server`], [`admin`]: where clients and operators come in;
+//! * [`weights`]: those that are set at run time, and how they stand to those of the file;
+//! * [`server`], [`admin`]: where clients and operators come in; [`access`]: who of them may change something;
 //! * [`telemetry`], [`explain`]: what operators see;
 //! * [`app`]: where all of it is put together; [`cli`], [`demo`]: what runs it;
 //! * [`takeover`], [`systemd`], [`descriptors`]: the process among others.
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the lexicon.
 
+pub mod access;
 pub mod admin;
 pub mod app;
 pub mod backend;
@@ -46,3 +48,4 @@ pub mod tls;
 pub mod transcode;
 pub mod upstream;
 mod weak_list;
+pub mod weights;

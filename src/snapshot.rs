@@ -22,6 +22,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+use crate::access;
 use crate::backend::{
     Backend, ConnectionPolicy, Endpoint, EndpointId, EndpointKey, Endpoints, HeaderEdits,
     Unavailability,
@@ -34,12 +35,13 @@ use crate::limit::overload::{Overload, Priority};
 use crate::limit::rate::{RateLimit, Tallies};
 use crate::routing::gray::{Dice, Override, Rule, Step};
 use crate::routing::rescue::Rescue;
-use crate::routing::split::{Ratio, Split};
+use crate::routing::split::{Ratio, Split, Weight};
 use crate::routing::{BASELINE, Decision, Gray, Reason, RequestHead, RouteTable, Target, UserList};
 use crate::telemetry::access_log::{AccessLog, WorkerLog};
 use crate::telemetry::metrics::{Metrics, TargetLabels, TargetMetrics};
 use crate::tls::server::{ServerTls, Tickets};
 use crate::transcode::Transcoder;
+use crate::weights::RuntimeWeights;
 
 /// Counts the snapshots of a process, from 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,6 +60,8 @@ pub struct Snapshot {
     pub routes: Vec<Arc<Route>>,
     /// The backends in the order of the file.
     pub backends: Vec<Arc<Backend>>,
+    /// Where operators come in.
+    pub admin: Admin,
     /// Headers in which some listener passes on the subject of a client's certificate: from nobody
     /// else they may come, through whatever listener.
     pub subject_headers: Arc<[HeaderName]>,
@@ -81,6 +85,15 @@ pub struct Listener {
     pub settings: config::Listener,
     /// What TLS connections are accepted with; `None` without TLS.
     pub tls: Option<ServerTls>,
+}
+
+/// Where operators come in.
+#[derive(Clone, Debug)]
+pub struct Admin {
+    /// What TLS connections are accepted with; `None` without TLS.
+    pub tls: Option<ServerTls>,
+    /// Who may change what is served.
+    pub writers: Arc<[access::Writer]>,
 }
 
 /// What outlives snapshots and is taken over by key.
@@ -198,16 +211,29 @@ const NEVER: Ratio = Ratio(0);
 /// Tells the hash that says when users come back from those that say where they belong.
 const TURNS: u64 = 0x7475_726e;
 
-/// Compiles a checked configuration. `lists` are its user lists in the order of the file, and
-/// `endpoints` those of each backend.
+/// What a snapshot is compiled from.
+#[derive(Clone, Copy, Debug)]
+pub struct Sources<'s> {
+    /// A checked configuration.
+    pub config: &'s Config,
+    /// Its user lists in the order of the file.
+    pub lists: &'s [Arc<UserList>],
+    /// The endpoints of each of its backends.
+    pub endpoints: &'s [Vec<Located>],
+    /// Weights that are set over those of the file.
+    pub weights: &'s RuntimeWeights,
+}
+
+/// Compiles a snapshot.
 pub fn compile(
-    config: &Config,
-    lists: &[Arc<UserList>],
-    endpoints: &[Vec<Located>],
+    sources: Sources<'_>,
     revision: Revision,
     living: &mut Living,
     metrics: &Metrics,
 ) -> Snapshot {
+    let Sources {
+        config, endpoints, ..
+    } = sources;
     let backends: Vec<Arc<Backend>> = config
         .backends
         .iter()
@@ -228,6 +254,7 @@ pub fn compile(
             .map(|listener| compile_listener(listener, &mut living.tickets))
             .collect(),
         draining_listeners: Vec::new(),
+        admin: compile_admin(&config.admin, &mut living.tickets),
         subject_headers: config
             .listeners
             .iter()
@@ -250,7 +277,7 @@ pub fn compile(
                 Arc::new(compile_route(
                     route,
                     &backends,
-                    lists,
+                    sources,
                     &mut living.tallies,
                     metrics,
                 ))
@@ -282,6 +309,14 @@ fn compile_listener(listener: &config::Listener, tickets: &mut Tickets) -> Liste
     Listener {
         settings: listener.clone(),
         tls: tls.map(|settings| ServerTls::new(settings, listener.address, tickets)),
+    }
+}
+
+fn compile_admin(admin: &config::Admin, tickets: &mut Tickets) -> Admin {
+    let tls = admin.tls.as_ref();
+    Admin {
+        tls: tls.map(|settings| ServerTls::new(settings, admin.address, tickets).for_http1()),
+        writers: Arc::clone(&admin.writers),
     }
 }
 
@@ -342,7 +377,7 @@ fn compile_endpoint(
 fn compile_route(
     route: &config::Route,
     backends: &[Arc<Backend>],
-    lists: &[Arc<UserList>],
+    sources: Sources<'_>,
     tallies: &mut Tallies,
     metrics: &Metrics,
 ) -> Route {
@@ -352,11 +387,16 @@ fn compile_route(
         .enumerate()
         .map(|(position, target)| {
             let is_baseline = position == BASELINE;
-            let backend = &backends[target.backend];
-            compile_target(route, target, backend, is_baseline, metrics)
+            compile_target(route, &backends[target.backend], is_baseline, metrics)
         })
         .collect();
-    let gray = compile_gray(route, &targets, lists);
+    let weights = weights(route, &targets, sources.weights);
+    for (target, weight) in targets.iter().zip(&weights) {
+        let labels = [("route", &*route.name), ("backend", &target.backend.name)];
+        let gauge = metrics.gauge("serin_backend_weight", &labels);
+        gauge.set(f64::from(*weight));
+    }
+    let gray = compile_gray(route, &targets, &weights, sources.lists);
     Route {
         name: Arc::clone(&route.name),
         vary: vary(route, &gray),
@@ -431,9 +471,24 @@ fn guarded_trailers(
     guarded
 }
 
+/// The weights of a route's targets, in their order.
+fn weights(
+    route: &config::Route,
+    targets: &[RouteTarget],
+    runtime: &RuntimeWeights,
+) -> Vec<Weight> {
+    let set = runtime.of(&route.name);
+    let of_file = route.targets.iter().map(|target| target.weight);
+    let both = targets.iter().zip(of_file);
+    both.map(|(target, of_file)| {
+        let set = set.and_then(|set| set.weights.get(&target.backend.name));
+        set.copied().unwrap_or(of_file)
+    })
+    .collect()
+}
+
 fn compile_target(
     route: &config::Route,
-    target: &config::RouteTarget,
     backend: &Arc<Backend>,
     is_baseline: bool,
     metrics: &Metrics,
@@ -443,12 +498,6 @@ fn compile_target(
         backend: Arc::clone(&backend.name),
         version: Arc::clone(&backend.version),
     };
-    metrics
-        .gauge(
-            "serin_backend_weight",
-            &[("route", &route.name), ("backend", &backend.name)],
-        )
-        .set(f64::from(target.weight));
     RouteTarget {
         backend: Arc::clone(backend),
         version: HeaderValue::from_str(&backend.version).unwrap_or(HeaderValue::from_static("")),
@@ -461,7 +510,12 @@ fn compile_target(
     }
 }
 
-fn compile_gray(route: &config::Route, targets: &[RouteTarget], lists: &[Arc<UserList>]) -> Gray {
+fn compile_gray(
+    route: &config::Route,
+    targets: &[RouteTarget],
+    weights: &[Weight],
+    lists: &[Arc<UserList>],
+) -> Gray {
     let gray = &route.gray;
     let list = |index: usize| Arc::clone(&lists[index]);
     let deny = gray.deny_list.map(|index| Step::DenyList(list(index)));
@@ -482,8 +536,8 @@ fn compile_gray(route: &config::Route, targets: &[RouteTarget], lists: &[Arc<Use
     });
     let weights = targets
         .iter()
-        .zip(&route.targets)
-        .map(|(target, one)| (&*target.backend.name, one.weight));
+        .zip(weights)
+        .map(|(target, weight)| (&*target.backend.name, *weight));
     Gray::new(
         Arc::clone(&gray.identity),
         gray.trusted_only,

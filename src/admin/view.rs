@@ -11,12 +11,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, Endpoint, Impediment};
 use crate::config::{ConfigFile, Problem, Problems};
+use crate::control::weights::Saved;
 use crate::control::{Status, Watching};
 use crate::explain::Question;
 use crate::routing::BASELINE;
 use crate::snapshot::{Route, Snapshot};
+use crate::weights::{Tag, Weights};
 
 use discovery::{Discovered, EndpointsFileView, NameView, OriginView};
+
+/// The most bytes of why weights are set.
+const LONGEST_REASON: usize = 500;
 
 /// `GET /api/v1/config`: the configuration in force.
 #[derive(Debug, Serialize)]
@@ -96,6 +101,43 @@ pub struct RouteBackendView {
     weight: u32,
     share_percent: f64,
     in_flight: i64,
+}
+
+/// `GET /api/v1/routes/{route}/weights`, and what setting them answers.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WeightsView<'s> {
+    route: &'s str,
+    revision: u64,
+    /// What `If-Match` takes: the same on all replicas with the same file.
+    etag: String,
+    /// Who has said them last: `file`, or `api`.
+    source: &'static str,
+    weights: &'s Weights,
+    /// What the file says.
+    file: &'s Weights,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    set_by: Option<&'s str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    set_at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'s str>,
+    /// Whether what is set outlives the process.
+    saved: bool,
+    /// Why it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unsaved: Option<&'s str>,
+}
+
+/// The body of `PUT /api/v1/routes/{route}/weights`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WeightsOrderView {
+    /// The weight of each backend of the route.
+    pub weights: BTreeMap<String, u64>,
+    /// Why, for the log and for those who look at the weights.
+    #[serde(default)]
+    pub reason: Option<String>,
 }
 
 /// One backend of `GET /api/v1/backends`.
@@ -321,6 +363,51 @@ impl BackendView {
             names: discovered.names,
             endpoints_file: discovered.file,
         }
+    }
+}
+
+// === impl WeightsView ===
+
+impl<'s> WeightsView<'s> {
+    /// Those of a route of which the file says `file`.
+    pub fn new(status: &'s Status, route: &'s str, file: &'s Weights, tag: Tag) -> Self {
+        let set = status.weights.of(route);
+        Self {
+            route,
+            revision: status.revision.0,
+            etag: tag.to_string(),
+            source: if set.is_some() { "api" } else { "file" },
+            weights: set.map_or(file, |set| &set.weights),
+            file,
+            set_by: set.map(|set| &*set.by),
+            set_at: set.map(|set| time(set.at)),
+            reason: set.and_then(|set| set.reason.as_deref()),
+            saved: status.saved == Saved::Yes,
+            unsaved: match &status.saved {
+                Saved::Yes => None,
+                Saved::Nowhere => Some("the configuration names no `stateFile`"),
+                Saved::No(reason) => Some(reason),
+            },
+        }
+    }
+}
+
+// === impl WeightsOrderView ===
+
+impl WeightsOrderView {
+    /// This, unless its reason is a novel.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with it.
+    pub fn sound(self) -> Result<Self, String> {
+        let length = self.reason.as_ref().map_or(0, String::len);
+        if length > LONGEST_REASON {
+            return Err(format!(
+                "the reason has {length} bytes, more than {LONGEST_REASON}"
+            ));
+        }
+        Ok(self)
     }
 }
 

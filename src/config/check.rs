@@ -3,6 +3,7 @@
 //!
 //! Pure: files that the configuration names (keys) are read through a function that is handed in.
 
+mod admin;
 mod backend;
 mod discovery;
 mod filters;
@@ -111,8 +112,6 @@ struct Names {
     unresolved: bool,
 }
 
-const ADMIN_ADDRESS: &str = "127.0.0.1:9901";
-
 // === impl Checker ===
 
 impl Checker<'_> {
@@ -120,14 +119,12 @@ impl Checker<'_> {
         let root = Path::default();
         // Else what seems unused may have been used by something that was cut out.
         let decoded_whole = self.problems.is_empty();
-        let admin = self.parse(
-            file.admin.address.as_deref().unwrap_or(ADMIN_ADDRESS),
-            &root.key("admin").key("address"),
-            value::socket_address,
-        );
-        let listeners = self.listeners(file, admin, &root.key("listeners"));
+        let admin_address = self.admin_address(&file.admin, &root.key("admin"));
+        let admin = self.admin(&file.admin, admin_address, &root.key("admin"));
+        let listeners = self.listeners(file, admin_address, &root.key("listeners"));
         let max_connections = self.max_connections(&file.connections, &root.key("connections"));
         let shutdown = self.shutdown(&file.shutdown, &root.key("shutdown"));
+        let state_file = self.state_file(file.state_file.as_deref(), &root.key("stateFile"));
         let duration_buckets = self.buckets(file.telemetry.duration_buckets.as_deref(), &root);
         let access_log = self.access_log(file.access_log.as_ref(), &root.key("accessLog"));
         let dns = self.dns(&file.dns, &root.key("dns"));
@@ -190,6 +187,7 @@ impl Checker<'_> {
             workers: file.workers,
             max_connections: max_connections?,
             shutdown: shutdown?,
+            state_file: state_file?,
             overload: Overload {
                 in_flight: limit::in_flight(&file.overload),
             },

@@ -66,6 +66,9 @@ pub struct ConfigFile {
     /// What happens on SIGTERM.
     #[serde(default)]
     pub shutdown: Shutdown,
+    /// The file in which weights that are set through the admin API outlive the process (default: they do not).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_file: Option<String>,
     /// How many requests are served at a time.
     #[serde(default)]
     pub overload: Overload,
@@ -95,6 +98,26 @@ pub struct Admin {
     /// `IP:port` (default `127.0.0.1:9901`). A change needs a restart.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
+    /// Accepts TLS, and nothing else (default: without TLS).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<ListenerTls>,
+    /// Who may change weights (default: nobody). Everybody who reaches the listener may read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub writers: Vec<AdminWriter>,
+}
+
+/// Somebody who may change weights, and shows a token or a certificate.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AdminWriter {
+    /// What the log calls it.
+    pub name: String,
+    /// The file that holds its bearer token, of 32 characters or more, relative to this file. It is followed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<String>,
+    /// The subject of its certificate, which one of `tls.clientCa` has signed, such as `CN=flagger, O=ops`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate_subject: Option<String>,
 }
 
 /// A number of bytes, written as Kubernetes does: `8192`, `32Ki`, `10Mi`.

@@ -245,7 +245,17 @@ const DEFINITIONS: &[Definition] = &[
     gauge(
         "serin_backend_weight",
         None,
-        "Weight of a backend on a route, as configured.",
+        "Weight of a backend on a route that is in force.",
+    ),
+    gauge(
+        "serin_route_weights_set",
+        None,
+        "1 while weights are in force that were set through the admin API, and not those of the file.",
+    ),
+    gauge(
+        "serin_state_saved",
+        None,
+        "1 when weights that are set outlive the process, 0 when they should and cannot be saved.",
     ),
     gauge("serin_connections_active", None, "Connections of clients."),
     gauge(

@@ -144,6 +144,13 @@ impl ServerTls {
             subject_header: settings.clients.as_ref().and_then(subject_header),
         }
     }
+
+    /// The same, where HTTP/2 is not spoken.
+    #[must_use]
+    pub fn for_http1(mut self) -> Self {
+        Arc::make_mut(&mut self.config).alpn_protocols = vec![ALPN_HTTP1.to_vec()];
+        self
+    }
 }
 
 impl fmt::Debug for ServerTls {

@@ -311,6 +311,9 @@ fn nothing_that_measures_reads_the_time_of_day() {
             "src/discovery/schedule.rs",
             "hands on when names were asked for",
         ),
+        ("src/control/weights.rs", "notes when weights were set"),
+        ("src/weights.rs", "says when weights were set"),
+        ("src/weights/state.rs", "writes when weights were set"),
         ("src/telemetry/access_log.rs", "writes times"),
         ("src/telemetry/access_log/tests.rs", "is a test"),
     ];

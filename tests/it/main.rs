@@ -39,3 +39,4 @@ mod transcode;
 mod tunnels;
 mod upstream_http2;
 mod upstream_tls;
+mod weights;

@@ -231,7 +231,7 @@ impl Checker<'_> {
         })
     }
 
-    fn listener_tls(&mut self, tls: &file::ListenerTls, at: &Path) -> Option<Settings> {
+    pub(super) fn listener_tls(&mut self, tls: &file::ListenerTls, at: &Path) -> Option<Settings> {
         let certificates_at = at.key("certificates");
         if tls.certificates.is_empty() && !self.document.is_maimed(&certificates_at) {
             self.error(
