@@ -52,5 +52,7 @@ COPY --from=build /serin /serin
 USER 10001:10001
 # Traffic, and the admin listener. The latter is on the loopback interface unless admin.address says otherwise.
 EXPOSE 8080 9901
+# Where the admin listener is elsewhere, or takes TLS, say so in SERIN_HEALTHCHECK_URL. Kubernetes has its own probes.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s CMD ["/serin", "healthcheck"]
 ENTRYPOINT ["/serin"]
 CMD ["run", "--config", "/etc/serin/serin.yaml"]

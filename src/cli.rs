@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::healthcheck::Url;
+
 /// A traffic proxy for canary and gray releases.
 #[derive(Debug, Parser)]
 #[command(name = "serin", version, about, max_term_width = 100)]
@@ -36,6 +38,8 @@ pub enum Command {
     Explain(Explain),
     /// Print the JSON Schema of the configuration file.
     Schema,
+    /// Ask a running proxy whether it is ready. Exits 0 when it is, and 1 when not.
+    Healthcheck(Healthcheck),
     /// Run everything on this machine: two versions of a service, the proxy, some clients, and a
     /// table that compares.
     Demo(Demo),
@@ -101,6 +105,22 @@ pub struct Explain {
     /// Print JSON, as the admin API does.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Ask a running proxy whether it is ready.
+#[derive(Debug, Args)]
+pub struct Healthcheck {
+    /// What is asked. With `https`, every certificate is believed.
+    #[arg(
+        env = "SERIN_HEALTHCHECK_URL",
+        default_value = "http://127.0.0.1:9901/readyz",
+        value_name = "URL"
+    )]
+    pub url: Url,
+
+    /// How long the answer may take.
+    #[arg(long, default_value = "2s", value_name = "DURATION", value_parser = crate::config::value::duration)]
+    pub timeout: Duration,
 }
 
 /// Run the demonstration.

@@ -16,7 +16,7 @@
 //! * [`weights`]: those that are set at run time, and how they stand to those of the file;
 //! * [`server`], [`admin`]: where clients and operators come in; [`access`]: who of them may change something;
 //! * [`telemetry`], [`explain`]: what operators see;
-//! * [`app`]: where all of it is put together; [`cli`], [`demo`]: what runs it;
+//! * [`app`]: where all of it is put together; [`cli`], [`demo`]: what runs it; [`healthcheck`]: what asks it;
 //! * [`takeover`], [`systemd`], [`descriptors`]: the process among others.
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the lexicon.
@@ -34,6 +34,7 @@ pub mod discovery;
 pub mod explain;
 pub mod filter;
 pub mod health;
+pub mod healthcheck;
 pub mod limit;
 pub mod proxy;
 pub mod proxy_protocol;

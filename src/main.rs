@@ -16,6 +16,7 @@ use serin::control::offline_snapshot;
 use serin::demo::{self, Screen};
 use serin::descriptors;
 use serin::explain::{Question, explain};
+use serin::healthcheck;
 use serin::server::sockets::Given;
 use serin::snapshot::Snapshot;
 use serin::systemd;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         Command::Check(check) => run_check(&check),
         Command::Explain(question) => run_explain(&question),
         Command::Schema => print(&json_schema()),
+        Command::Healthcheck(check) => run_healthcheck(&check),
         Command::Demo(options) => run_demo(&options),
     };
     log.flush(FLUSH_LIMIT);
@@ -270,6 +272,13 @@ fn load_or_fail(file: &Path) -> Result<Loaded, ExitCode> {
     match readable {
         Ok(()) => load(file, &mut load_list).map_err(|problems| fail_with(&problems)),
         Err(error) => Err(fail(USAGE, &format!("error: {}: {error}", file.display()))),
+    }
+}
+
+fn run_healthcheck(check: &cli::Healthcheck) -> ExitCode {
+    match healthcheck::ask(&check.url, check.timeout) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => fail(INVALID, &format!("unhealthy: {reason}")),
     }
 }
 

@@ -7,7 +7,11 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::Receiver;
 
-use crate::support::{Client, PATIENCE, Raw, Upstream, eventually, get, shop, single, with_head};
+use crate::support::port::HeldPort;
+use crate::support::tls::Authority;
+use crate::support::{
+    Client, PATIENCE, Proxy, Raw, Upstream, eventually, get, shop, single, with_head,
+};
 
 fn serin(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_serin"));
@@ -31,6 +35,7 @@ pub(crate) fn without_settings(command: &mut Command) {
         .env_remove("SERIN_CONFIG")
         .env_remove("SERIN_LOG")
         .env_remove("SERIN_LOG_FORMAT")
+        .env_remove("SERIN_HEALTHCHECK_URL")
         .env_remove("SERIN_TAKEOVER");
 }
 
@@ -291,6 +296,53 @@ async fn run_serves_reloads_at_sighup_and_finishes_requests_at_sigterm() {
     canary.release();
     assert!(busy.read_to_end().await.ends_with("canary"));
     assert_eq!(running.child.wait().unwrap().code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn healthcheck_exits_with_0_for_who_is_ready_and_1_for_everybody_else() {
+    let authority = Authority::new("tests");
+    let server = authority.issue(&["somewhere.else"]);
+    let upstream = Upstream::start("one").await;
+    let config = single(upstream.address, "");
+    let plain = Proxy::start(&config);
+    let tls = "admin: { address: '127.0.0.1:0', tls: { certificates: [ { certificateFile: a.crt, keyFile: a.key } ] } }\n";
+    let encrypted = Proxy::start_with(&(tls.to_owned() + &config), |directory| {
+        server.write(directory, "a");
+    });
+    let starting = Proxy::prepare(&config);
+    let mute = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let nobody = HeldPort::new().unwrap();
+    let url = |scheme: &str, address, path: &str| format!("{scheme}://{address}{path}");
+    for (url, code, words) in [
+        (url("http", plain.admin(), "/readyz"), 0, ""),
+        (url("https", encrypted.admin(), "/readyz"), 0, ""),
+        (url("http", encrypted.admin(), "/readyz"), 1, "unhealthy: "),
+        (
+            url("http", plain.admin(), "/nothing"),
+            1,
+            "unhealthy: 404 Not Found: ",
+        ),
+        (
+            url("http", starting.admin(), "/readyz"),
+            1,
+            "unhealthy: 503 Service Unavailable: starting\n",
+        ),
+        (
+            url("http", mute.local_addr().unwrap(), "/readyz"),
+            1,
+            "unhealthy: no answer within 2s\n",
+        ),
+        (
+            url("http", nobody.address(), "/readyz"),
+            1,
+            "unhealthy: Connection refused",
+        ),
+        ("127.0.0.1:9901".to_owned(), 2, "error: invalid value"),
+    ] {
+        let (exited, _, said) = output(&["healthcheck", &url]);
+        assert_eq!(exited, Some(code), "{url}: {said}");
+        assert!(said.starts_with(words), "{url}: {said}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

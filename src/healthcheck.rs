@@ -1,0 +1,144 @@
+//! `serin healthcheck`: asks a process on this machine whether it is ready, as an image without a shell has to.
+//!
+//! It reads no configuration on purpose: a file that is being edited, or has a problem, says nothing of the
+//! process that serves with the one before.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::HOST;
+use http::uri::{PathAndQuery, Scheme};
+use http::{Request, StatusCode, Uri};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::client::conn::http1;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use crate::stream::Stream;
+use crate::tls::client::{ClientTls, Trust};
+
+/// The most bytes of an answer that are shown.
+const LARGEST_ANSWER: usize = 4096;
+
+/// What is asked: an `http` or `https` URL.
+#[derive(Clone, Debug)]
+pub struct Url {
+    is_encrypted: bool,
+    host: String,
+    port: u16,
+    authority: String,
+    path: PathAndQuery,
+}
+
+/// Asks, and waits no longer than `limit`.
+///
+/// # Errors
+///
+/// Why the process is not healthy, in words.
+pub fn ask(url: &Url, limit: Duration) -> Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| error.to_string())?;
+    let asked = runtime.block_on(async { timeout(limit, answer(url)).await });
+    let (status, said) = asked
+        .map_err(|_| format!("no answer within {limit:?}"))?
+        .map_err(|error| error.to_string())?;
+    match status.is_success() {
+        true => Ok(()),
+        false => Err(format!("{status}: {}", said.trim())),
+    }
+}
+
+async fn answer(url: &Url) -> io::Result<(StatusCode, String)> {
+    let stream = connect(url).await?;
+    let (mut sender, connection) = http1::handshake(stream).await.map_err(io::Error::other)?;
+    let connection = tokio::spawn(connection);
+    let request = Request::get(Uri::from(url.path.clone()))
+        .header(HOST, &url.authority)
+        .body(Empty::<Bytes>::new())
+        .map_err(io::Error::other)?;
+    let response = sender
+        .send_request(request)
+        .await
+        .map_err(io::Error::other)?;
+    let (head, body) = response.into_parts();
+    let body = Limited::new(body, LARGEST_ANSWER).collect().await;
+    connection.abort();
+    let said = body.map_err(io::Error::other)?.to_bytes();
+    Ok((head.status, String::from_utf8_lossy(&said).into_owned()))
+}
+
+/// Whoever answers is believed: who could sit between a process and itself has no need to.
+async fn connect(url: &Url) -> io::Result<Stream> {
+    let stream = TcpStream::connect((&*url.host, url.port)).await?;
+    if !url.is_encrypted {
+        return Ok(Stream::plain(stream));
+    }
+    let tls = ClientTls::new(Trust::Anybody, None, None, &[]).map_err(io::Error::other)?;
+    let name = ServerName::try_from(url.host.clone()).map_err(io::Error::other)?;
+    let connector = TlsConnector::from(Arc::clone(tls.config(true)));
+    Ok(Stream::tls(connector.connect(name, stream).await?))
+}
+
+// === impl Url ===
+
+impl std::str::FromStr for Url {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let uri: Uri = text
+            .parse()
+            .map_err(|error| format!("is no URL: {error}"))?;
+        let is_encrypted = match uri.scheme() {
+            Some(scheme) if *scheme == Scheme::HTTP => false,
+            Some(scheme) if *scheme == Scheme::HTTPS => true,
+            _ => return Err("is no `http` or `https` URL".to_owned()),
+        };
+        let authority = uri.authority().ok_or("names no host")?;
+        let default_port = if is_encrypted { 443 } else { 80 };
+        let host = authority.host();
+        Ok(Self {
+            is_encrypted,
+            host: host
+                .trim_start_matches('[')
+                .trim_end_matches(']')
+                .to_owned(),
+            port: authority.port_u16().unwrap_or(default_port),
+            authority: authority.to_string(),
+            path: uri.path_and_query().cloned().ok_or("names no path")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_says_whom_to_ask_and_how() {
+        for (text, is_encrypted, host, port) in [
+            ("http://127.0.0.1:9901/readyz", false, "127.0.0.1", 9901),
+            ("https://[::1]:9901/readyz", true, "::1", 9901),
+            ("http://localhost", false, "localhost", 80),
+            ("https://localhost/a?b", true, "localhost", 443),
+        ] {
+            let url: Url = text.parse().unwrap();
+            assert_eq!(url.is_encrypted, is_encrypted, "{text}");
+            assert_eq!((&*url.host, url.port), (host, port), "{text}");
+        }
+        for text in [
+            "",
+            "127.0.0.1:9901",
+            "/readyz",
+            "ftp://localhost/",
+            "http://",
+        ] {
+            assert!(text.parse::<Url>().is_err(), "{text}");
+        }
+    }
+}
