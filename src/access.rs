@@ -21,7 +21,8 @@ pub struct Writer {
 pub enum Proof {
     /// A bearer token (RFC 6750).
     Token(Token),
-    /// A certificate with this subject, as RFC 4514 writes it, that an authority of the listener has signed.
+    /// A certificate with this subject, as RFC 4514 writes it, but in its own order, that an authority of the
+    /// listener has signed.
     Subject(String),
 }
 

@@ -43,6 +43,7 @@ use crate::tls::certificate;
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 const LARGEST_BODY: usize = 64 * 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -73,6 +74,8 @@ struct Caller {
     address: SocketAddr,
     /// The subject of its certificate, if it has shown one.
     subject: Option<String>,
+    /// Tells which certificates were believed by then.
+    policy: Option<u64>,
 }
 
 /// What there is on the admin listener.
@@ -253,12 +256,11 @@ impl Admin {
 }
 
 async fn serve(admin: Rc<Admin>, stream: TcpStream, address: SocketAddr) {
-    let accepted = timeout(HANDSHAKE_TIMEOUT, accept(&admin.live, stream)).await;
-    let (stream, subject) = match accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+    let accepted = timeout(HANDSHAKE_TIMEOUT, accept(&admin.live, stream, address)).await;
+    let (stream, caller) = match accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
         Ok(accepted) => accepted,
         Err(error) => return debug!(%error, %address, "admin connection failed"),
     };
-    let caller = Caller { address, subject };
     let service =
         service_fn(|request| async { Ok::<_, Infallible>(admin.handle(&caller, request).await) });
     let connection = http1::Builder::new()
@@ -279,15 +281,25 @@ async fn serve(admin: Rc<Admin>, stream: TcpStream, address: SocketAddr) {
     }
 }
 
-/// Does the TLS handshake, where there is one; gives the subject of the certificate that was shown.
-async fn accept(live: &Live, stream: TcpStream) -> io::Result<(Stream, Option<String>)> {
+/// Does the TLS handshake, where there is one.
+async fn accept(
+    live: &Live,
+    stream: TcpStream,
+    address: SocketAddr,
+) -> io::Result<(Stream, Caller)> {
+    let mut caller = Caller {
+        address,
+        subject: None,
+        policy: None,
+    };
     let Some(tls) = live.load().admin.tls.clone() else {
-        return Ok((Stream::plain(stream), None));
+        return Ok((Stream::plain(stream), caller));
     };
     let accepted = TlsAcceptor::from(tls.config).accept(stream).await?;
     let shown = accepted.get_ref().1.peer_certificates();
-    let subject = shown.and_then(<[_]>::first).and_then(certificate::subject);
-    Ok((Stream::tls(accepted), subject))
+    caller.subject = shown.and_then(<[_]>::first).and_then(certificate::subject);
+    caller.policy = tls.policy;
+    Ok((Stream::tls(accepted), caller))
 }
 
 /// What stands in a path where a known one has its `{...}`, and nothing where that has none; `None` for another
@@ -304,7 +316,9 @@ fn variable<'p>(known: &str, path: &'p str) -> Option<&'p str> {
 /// Reads the JSON that a request holds; what is wrong with it otherwise.
 async fn read<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, String> {
     let body = Limited::new(request.into_body(), LARGEST_BODY).collect();
-    let body = body.await.map_err(|error| error.to_string())?;
+    let body = timeout(BODY_TIMEOUT, body).await;
+    let body = body.map_err(|_| format!("the body takes longer than {BODY_TIMEOUT:?}"))?;
+    let body = body.map_err(|error| error.to_string())?;
     serde_json::from_slice(&body.to_bytes()).map_err(|error| error.to_string())
 }
 

@@ -484,23 +484,16 @@ impl ControlJobs {
     }
 }
 
-/// What was set before this process started. What cannot be used costs nobody the start, and is put aside for
-/// whoever wants to see it.
+/// What was set before this process started. What cannot be used costs nobody the start, and is left as it is.
 fn first_weights(config: &Config) -> RuntimeWeights {
-    let Some(path) = &config.state_file else {
+    let Some(file) = &config.state_file else {
         return RuntimeWeights::none();
     };
-    let reason = match state::read(path) {
-        Ok(weights) => return weights,
-        Err(reason) => reason,
-    };
-    let file = path.display();
-    error!(%file, "the state file {reason}; the weights are those of the configuration");
-    match state::put_aside(path) {
-        Ok(aside) => warn!(%file, aside = %aside.display(), "the state file was put aside"),
-        Err(error) => warn!(%file, %error, "the state file cannot be put aside"),
-    }
-    RuntimeWeights::none()
+    state::read(file).unwrap_or_else(|reason| {
+        let file = file.display();
+        error!(%file, "the state file {reason}; the weights are those of the configuration");
+        RuntimeWeights::none()
+    })
 }
 
 /// Asks for all names of endpoints; those that cannot be resolved in time come in later.

@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::{error, info, warn};
 
@@ -31,8 +32,7 @@ use crate::server::{self, BoundSocket, DrainingListener, OpenListener, Phase};
 use crate::snapshot::{Live, Living, Revision, Snapshot, Sources, compile};
 use crate::telemetry::access_log::{AccessLog, Output, Sinks};
 use crate::telemetry::metrics::Metrics;
-use crate::weights::RuntimeWeights;
-use crate::weights::state::StateFile;
+use crate::weights::{RuntimeWeights, state};
 
 use weights::{Refusal, Saved, WeightsOrder};
 
@@ -156,8 +156,8 @@ pub struct Control {
     board: StatusBoard,
     /// Weights that are set over those of the file.
     weights: Arc<RuntimeWeights>,
-    /// Where they outlive the process.
-    state: Option<StateFile>,
+    /// The last attempt to have them outlive the process, while it hangs.
+    writing: Option<JoinHandle<Result<(), String>>>,
     /// When that is tried again.
     save_at: Option<Instant>,
     /// What the job of discovery is to follow.
@@ -220,8 +220,7 @@ impl Control {
             access_log: access_log.as_ref(),
         };
         let names = endpoints::merge_names(&metrics, &loaded, &Names::new(), found);
-        let save_at =
-            (!weights::yielded(&mut weights, &loaded.config).is_empty()).then(Instant::now);
+        weights::yielded(&mut weights, &loaded.config);
         let first = compile_loaded(&loaded, &names, &weights, revision, &mut living, &metrics);
         let first = open.with(first);
         let wanted = watch::Sender::new(Wanted {
@@ -231,7 +230,7 @@ impl Control {
         });
         let now = SystemTime::now();
         let weights = Arc::new(weights);
-        let state = loaded.config.state_file.clone().map(StateFile::new);
+        let saved = Saved::not_yet(&loaded.config);
         let status = Status {
             revision,
             loaded: Arc::new(loaded),
@@ -243,7 +242,7 @@ impl Control {
             names,
             stale_endpoints: HashMap::new(),
             weights: Arc::clone(&weights),
-            saved: Saved::first(state.as_ref()),
+            saved,
             watching,
         };
         show(&metrics, &status);
@@ -269,8 +268,8 @@ impl Control {
                 fixed,
                 board,
                 weights,
-                state,
-                save_at,
+                writing: None,
+                save_at: None,
                 wanted,
             },
             bound,
@@ -363,6 +362,10 @@ impl Control {
                 Change::Watching(watching) => self.update(|status| status.watching = watching),
             }
         }
+        // The last chance; where another process serves, the file is its own.
+        if self.save_at.is_some() && self.phase != Phase::Succeeded {
+            self.save().await;
+        }
     }
 
     /// The next change; `None` when the process drains.
@@ -373,7 +376,11 @@ impl Control {
                 // The sender's end is a drop, which says the same as `Draining`.
                 moved = self.phases.changed() => {
                     moved.ok()?;
+                    let before = self.phase;
                     self.follow_phase();
+                    if before < Phase::Serving {
+                        self.begin_weights().await;
+                    }
                 }
                 () = until(self.save_at) => self.save().await,
                 change = changes.recv() => return change,
@@ -449,7 +456,8 @@ impl Control {
                 .stale_endpoints
                 .retain(|path, _| same_endpoints(before, &status.loaded, path));
         });
-        self.follow_state_file(are_weights_less).await;
+        self.follow_state_file(&status.loaded.config, are_weights_less)
+            .await;
         Ok(revision)
     }
 
@@ -787,15 +795,20 @@ fn compile_loaded(
     compile(sources, revision, living, metrics)
 }
 
-/// The snapshot that a configuration would give, for those who only want to ask it. Nobody is asked
-/// for names: they count as if they were resolved.
+/// The snapshot that a configuration would give, for those who only want to ask it, with the weights that
+/// are set on this machine. Nobody is asked for names: they count as if they were resolved.
 pub fn offline_snapshot(loaded: &Loaded) -> Snapshot {
     let metrics = Metrics::new(&loaded.config.duration_buckets, 1);
+    let state = loaded.config.state_file.as_deref();
+    let mut weights = state
+        .and_then(|file| state::read(file).ok())
+        .unwrap_or_default();
+    weights.yield_to(&loaded.config);
     let sources = Sources {
         config: &loaded.config,
         lists: &lists_in_order(loaded),
         endpoints: &endpoints::located_offline(loaded),
-        weights: &RuntimeWeights::none(),
+        weights: &weights,
     };
     compile(sources, Revision(0), &mut Living::default(), &metrics)
 }

@@ -11,8 +11,6 @@ pub mod state;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::num::ParseIntError;
-use std::str::FromStr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -49,6 +47,16 @@ pub struct RuntimeWeights(BTreeMap<Arc<str>, SetWeights>);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tag(pub u64);
 
+// === impl SetWeights ===
+
+impl SetWeights {
+    /// True for what could have been set: a file may say anything.
+    fn fits(&self) -> bool {
+        self.weights.keys().eq(self.over.keys())
+            && self.weights.values().all(|weight| *weight <= MAX_WEIGHT)
+    }
+}
+
 // === impl RuntimeWeights ===
 
 impl RuntimeWeights {
@@ -81,7 +89,8 @@ impl RuntimeWeights {
     pub fn yield_to(&mut self, config: &Config) -> Vec<Arc<str>> {
         let mut yielded = Vec::new();
         self.0.retain(|route, set| {
-            let stays = configured(config, route).as_ref() == Some(&set.over);
+            let stays =
+                configured(config, route).is_some_and(|over| over == set.over && set.fits());
             if !stays {
                 yielded.push(Arc::clone(route));
             }
@@ -119,14 +128,6 @@ impl Tag {
 impl fmt::Display for Tag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}", self.0)
-    }
-}
-
-impl FromStr for Tag {
-    type Err = ParseIntError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        u64::from_str_radix(text, 16).map(Self)
     }
 }
 

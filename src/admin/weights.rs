@@ -97,18 +97,25 @@ impl Admin {
 
     /// The name of whoever may change something.
     fn authorized(&self, caller: &Caller, headers: &HeaderMap) -> Result<String, Denial> {
-        let writers = &self.live.load().admin.writers;
+        let snapshot = self.live.load();
+        let admin = &snapshot.admin;
+        let writers = &admin.writers;
         if writers.is_empty() {
             return Err(Denial::Everybody);
         }
+        // Those who signed it may be believed no longer.
+        let policy = admin.tls.as_ref().and_then(|tls| tls.policy);
+        let is_believed = caller.policy == policy;
         let shown = Shown {
             token: token(headers),
-            subject: caller.subject.as_deref(),
+            subject: caller.subject.as_deref().filter(|_| is_believed),
         };
         if let Some(writer) = who(writers, shown) {
             return Ok(writer.name.to_string());
         }
-        let Caller { address, subject } = caller;
+        let Caller {
+            address, subject, ..
+        } = caller;
         warn!(target: AUDIT, %address, ?subject, "somebody who may not has asked for other weights");
         Err(Denial::Stranger)
     }
@@ -146,7 +153,7 @@ fn token(headers: &HeaderMap) -> Option<Token> {
 }
 
 /// What must be in force for a change (RFC 9110 section 13.1.1); `None` for whatever is.
-fn expected(headers: &HeaderMap) -> Option<Vec<Tag>> {
+fn expected(headers: &HeaderMap) -> Option<Vec<String>> {
     let mut fields = headers.get_all(IF_MATCH).iter().peekable();
     fields.peek()?;
     let parts = fields.flat_map(|field| field.as_bytes().split(|byte| *byte == b','));
@@ -154,10 +161,9 @@ fn expected(headers: &HeaderMap) -> Option<Vec<Tag>> {
     if parts.contains(&&b"*"[..]) {
         return None;
     }
-    // What is no tag of ours matches nothing.
     let tags = parts.into_iter().filter_map(|part| {
         let tag = part.strip_prefix(b"\"")?.strip_suffix(b"\"")?;
-        std::str::from_utf8(tag).ok()?.parse().ok()
+        Some(std::str::from_utf8(tag).ok()?.to_owned())
     });
     Some(tags.collect())
 }

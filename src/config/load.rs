@@ -12,6 +12,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::routing::UserList;
 use crate::routing::user_list::{Pause, no_text};
+use crate::telemetry::access_log::Output;
 use crate::tls;
 
 use super::check::{Checked, Surroundings, check};
@@ -206,6 +207,13 @@ fn load_in(
     let lists = load_lists(&user_lists, readers.list, &document, &mut problems);
     let read = &mut *readers.endpoints;
     let endpoints_files = load_endpoints_files(&endpoints_files, read, &document, &mut problems);
+    let files = files.into_inner();
+    if let Some(config) = &config {
+        let named = files.iter().map(|(file, _)| file);
+        let named = named.chain(lists.keys().map(|list| &list.path));
+        let named: Vec<&PathBuf> = named.chain(endpoints_files.keys()).collect();
+        problems.extend(spoilt_by_state(config, path, &named, &document));
+    }
     let warnings = Problems::new(path, text, problems);
     match config {
         Some(config) if warnings.errors() == 0 => Ok(Loaded {
@@ -216,7 +224,7 @@ fn load_in(
             warnings,
             lists,
             endpoints_files,
-            files: files.into_inner(),
+            files,
         }),
         _ => Err(warnings),
     }
@@ -323,6 +331,44 @@ impl From<&fs::Metadata> for Stamp {
             changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
     }
+}
+
+/// Where the next content of a state file is, until it is whole.
+pub fn beside(path: &FilePath) -> PathBuf {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    beside.into()
+}
+
+/// What is wrong with a state file that is another file of this configuration, at `path`, as well: it would be
+/// replaced.
+fn spoilt_by_state(
+    config: &Config,
+    path: &FilePath,
+    named: &[&PathBuf],
+    document: &Node,
+) -> Option<Problem> {
+    let state = config.state_file.as_ref()?;
+    let real = |path: &FilePath| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let written = [real(state), real(&beside(state))];
+    let log = config
+        .access_log
+        .as_ref()
+        .and_then(|log| match &log.output {
+            Output::File(file) => Some(file),
+            Output::Stdout => None,
+        });
+    let mut others = named.iter().map(|file| &***file).chain([path]);
+    let spoilt = others
+        .by_ref()
+        .chain(log.map(|log| &**log))
+        .find(|other| written.contains(&real(other)))?;
+    let at = Path::default().key("stateFile");
+    let message = format!(
+        "`{}` is another file of this configuration, which would be replaced",
+        spoilt.display()
+    );
+    Some(Problem::error(&at, document.locate(&at), message))
 }
 
 fn load_lists(

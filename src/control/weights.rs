@@ -2,15 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout_at};
 use tracing::{error, info, warn};
 
 use crate::config::Config;
+use crate::server::Phase;
 use crate::telemetry::metrics::Metrics;
-use crate::weights::state::StateFile;
+use crate::weights::state::{self, Unwritten};
 use crate::weights::{RuntimeWeights, SetWeights, Tag, Weights, checked, configured};
 
 use super::{Control, Status};
@@ -34,7 +36,7 @@ pub struct WeightsOrder {
     /// The weight of each backend; `None` for what the file says.
     pub weights: Option<BTreeMap<String, u64>>,
     /// Only if what is in force is one of these; `None` for whatever is.
-    pub expected: Option<Vec<Tag>>,
+    pub expected: Option<Vec<String>>,
     /// Who wants it.
     pub by: String,
     /// From where.
@@ -68,9 +70,12 @@ pub enum Saved {
 // === impl Saved ===
 
 impl Saved {
-    /// Before anything was set.
-    pub(super) fn first(state: Option<&StateFile>) -> Self {
-        state.map_or(Self::Nowhere, |_| Self::Yes)
+    /// Before it was tried.
+    pub(super) fn not_yet(config: &Config) -> Self {
+        match config.state_file {
+            None => Self::Nowhere,
+            Some(_) => Self::No("not yet".to_owned()),
+        }
     }
 }
 
@@ -79,6 +84,15 @@ impl Saved {
 impl Control {
     /// Sets the weights of a route, or leaves it to the file. They are in force when this ends.
     pub(super) async fn set_weights(&mut self, order: WeightsOrder) -> Result<(), Refusal> {
+        let (route, by, address) = (order.route.clone(), order.by.clone(), order.address);
+        let set = self.obey(order).await;
+        if let Err(refusal) = &set {
+            warn!(target: AUDIT, route, by, %address, ?refusal, "weights not set");
+        }
+        set
+    }
+
+    async fn obey(&mut self, order: WeightsOrder) -> Result<(), Refusal> {
         let WeightsOrder {
             route,
             weights: wanted,
@@ -90,20 +104,21 @@ impl Control {
         let loaded = Arc::clone(&self.board.load().loaded);
         let over = configured(&loaded.config, &route).ok_or(Refusal::UnknownRoute)?;
         let before = self.weights.of(&route);
-        let tag = Tag::of(&over, before);
+        let tag = Tag::of(&over, before).to_string();
         if expected.is_some_and(|tags| !tags.contains(&tag)) {
             return Err(Refusal::Changed);
         }
         let wanted = wanted.map(|weights| checked(&weights, &over));
         let wanted = wanted.transpose().map_err(Refusal::Unusable)?;
         let was = before.map(|set| set.weights.clone());
+        let why = reason.as_deref().unwrap_or_default();
         if wanted == was {
+            info!(target: AUDIT, route, by, %address, why, "weights are so already");
             return Ok(());
         }
         let from = shown(was.as_ref().unwrap_or(&over));
         let to = shown(wanted.as_ref().unwrap_or(&over));
         let source = if wanted.is_some() { "api" } else { "file" };
-        let why = reason.as_deref().unwrap_or_default();
         info!(target: AUDIT, route, by, %address, from, to, source, why, "weights set");
 
         let mut weights = RuntimeWeights::clone(&self.weights);
@@ -123,7 +138,10 @@ impl Control {
         self.replace_weights(weights);
         let names = Arc::clone(&self.board.load().names);
         let revision = self.publish(&loaded, &names).await;
-        self.update(|status| status.revision = revision);
+        self.update(|status| {
+            status.revision = revision;
+            status.saved = Saved::not_yet(&loaded.config);
+        });
         self.save().await;
         Ok(())
     }
@@ -139,31 +157,45 @@ impl Control {
     }
 
     /// Saves what is set where the configuration says now, if anything has changed.
-    pub(super) async fn follow_state_file(&mut self, have_weights_changed: bool) {
-        let path = self.board.load().loaded.config.state_file.clone();
-        let has_moved = path.as_deref() != self.state.as_ref().map(StateFile::path);
-        if has_moved {
-            self.state = path.map(StateFile::new);
-        }
+    pub(super) async fn follow_state_file(&mut self, before: &Config, have_weights_changed: bool) {
+        let has_moved = before.state_file != self.board.load().loaded.config.state_file;
         if has_moved || have_weights_changed {
             self.save().await;
         }
     }
 
-    /// Has what is set outlive the process, as soon as the disk takes it.
+    /// Begins to serve: what was set meanwhile, in the process before, is in force from now on, and is saved from
+    /// here.
+    pub(super) async fn begin_weights(&mut self) {
+        let status = self.board.load_full();
+        let Some(file) = &status.loaded.config.state_file else {
+            return;
+        };
+        if let Ok(mut weights) = state::read(file) {
+            yielded(&mut weights, &status.loaded.config);
+            if weights != *self.weights {
+                self.replace_weights(weights);
+                let revision = self.publish(&status.loaded, &status.names).await;
+                self.update(|status| status.revision = revision);
+            }
+        }
+        self.save().await;
+    }
+
+    /// Has what is set outlive the process, as soon as the disk takes it. Before it serves, the file is that of the
+    /// process before, if there is one.
     pub(super) async fn save(&mut self) {
         self.save_at = None;
-        let Some(state) = &mut self.state else {
+        let loaded = Arc::clone(&self.board.load().loaded);
+        let Some(file) = &loaded.config.state_file else {
             return self.update(|status| status.saved = Saved::Nowhere);
         };
-        let unwritten = state.next(&self.weights);
-        let file = state.path().to_owned();
-        let writing = tokio::task::spawn_blocking(|| unwritten.write());
-        let saved = match timeout(SAVE_LIMIT, writing).await {
-            Ok(Ok(Ok(()))) => Saved::Yes,
-            Ok(Ok(Err(error))) => Saved::No(error.to_string()),
-            Ok(Err(panicked)) => Saved::No(panicked.to_string()),
-            Err(_) => Saved::No(format!("it takes longer than {SAVE_LIMIT:?}")),
+        if self.phase < Phase::Serving {
+            return;
+        }
+        let saved = match self.written(file).await {
+            Ok(()) => Saved::Yes,
+            Err(reason) => Saved::No(reason),
         };
         let was_unsaved = self.board.load().saved != Saved::Yes;
         if let Saved::No(reason) = &saved {
@@ -173,6 +205,27 @@ impl Control {
             info!(file = %file.display(), "weights that are set outlive the process");
         }
         self.update(|status| status.saved = saved);
+    }
+
+    /// Writes what is set. A disk that hangs has one thread, and not one for each attempt.
+    async fn written(&mut self, file: &Path) -> Result<(), String> {
+        let deadline = Instant::now() + SAVE_LIMIT;
+        let too_long = || format!("it takes longer than {SAVE_LIMIT:?}");
+        if let Some(mut before) = self.writing.take()
+            && timeout_at(deadline, &mut before).await.is_err()
+        {
+            self.writing = Some(before);
+            return Err(too_long());
+        }
+        let unwritten = Unwritten::new(file, &self.weights);
+        let mut writing = tokio::task::spawn_blocking(|| unwritten.write());
+        match timeout_at(deadline, &mut writing).await {
+            Ok(written) => written.unwrap_or_else(|panicked| Err(panicked.to_string())),
+            Err(_) => {
+                self.writing = Some(writing);
+                Err(too_long())
+            }
+        }
     }
 
     fn replace_weights(&mut self, weights: RuntimeWeights) {

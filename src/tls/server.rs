@@ -55,6 +55,8 @@ pub struct ServerTls {
     pub config: Arc<ServerConfig>,
     /// The request header in which a client's subject is passed on.
     pub subject_header: Option<HeaderName>,
+    /// Tells which certificates of clients are believed.
+    pub policy: Option<u64>,
 }
 
 /// What encrypts session tickets, by listener: so that a reload does not cost clients their
@@ -142,6 +144,7 @@ impl ServerTls {
         Self {
             config: Arc::new(config),
             subject_header: settings.clients.as_ref().and_then(subject_header),
+            policy,
         }
     }
 

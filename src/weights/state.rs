@@ -4,13 +4,15 @@
 //! disk likes, so it happens on a thread that nobody else waits for.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+use crate::config::load::beside;
 
 use super::{RuntimeWeights, SetWeights, Weights};
 
@@ -34,23 +36,11 @@ struct SetWeightsContent {
     reason: Option<String>,
 }
 
-/// Writes states to the file, in the order in which they came about.
-#[derive(Clone, Debug)]
-pub struct StateFile {
-    path: PathBuf,
-    /// Which state was written last.
-    written: Arc<Mutex<u64>>,
-    /// How many there were.
-    count: u64,
-}
-
 /// A state that is to be written.
 #[derive(Debug)]
 pub struct Unwritten {
     path: PathBuf,
     text: String,
-    number: u64,
-    written: Arc<Mutex<u64>>,
 }
 
 const VERSION: u32 = 1;
@@ -106,67 +96,51 @@ impl SetWeightsContent {
     }
 }
 
-// === impl StateFile ===
-
-impl StateFile {
-    /// Writes to this file.
-    pub fn new(path: PathBuf) -> Self {
-        Self {
-            path,
-            written: Arc::default(),
-            count: 0,
-        }
-    }
-
-    /// Where to.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// A state that came about after all those before.
-    pub fn next(&mut self, weights: &RuntimeWeights) -> Unwritten {
-        self.count += 1;
-        let weights = weights.iter();
-        let weights = weights.map(|(route, set)| (Arc::clone(route), SetWeightsContent::new(set)));
-        let file = Content {
-            version: VERSION,
-            weights: weights.collect(),
-        };
-        let text = serde_json::to_string_pretty(&file).expect("its keys are text");
-        Unwritten {
-            path: self.path.clone(),
-            text: text + "\n",
-            number: self.count,
-            written: Arc::clone(&self.written),
-        }
-    }
-}
-
 // === impl Unwritten ===
 
 impl Unwritten {
-    /// Writes it, unless a later one was written already.
+    /// What is set now, for this file.
+    pub fn new(path: &Path, weights: &RuntimeWeights) -> Self {
+        let weights = weights.iter();
+        let weights = weights.map(|(route, set)| (Arc::clone(route), SetWeightsContent::new(set)));
+        let content = Content {
+            version: VERSION,
+            weights: weights.collect(),
+        };
+        let text = serde_json::to_string_pretty(&content).expect("its keys are text");
+        Self {
+            path: path.to_owned(),
+            text: text + "\n",
+        }
+    }
+
+    /// Writes it. A file that holds something else than a state is left as it is: somebody may want to see it, and
+    /// it may be somebody else's.
     ///
     /// # Errors
     ///
-    /// Whatever the file system has against it; the file says what it said before.
-    pub fn write(self) -> io::Result<()> {
-        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        if *written > self.number {
-            return Ok(());
-        }
-        replace(&self.path, self.text.as_bytes())?;
-        *written = self.number;
-        Ok(())
+    /// Why the file says what it said before, as a half sentence.
+    pub fn write(self) -> Result<(), String> {
+        // Else the link would be replaced, and not what it leads to.
+        let path = fs::canonicalize(&self.path).unwrap_or(self.path);
+        read(&path).map_err(|reason| format!("what is there {reason}"))?;
+        replace(&path, self.text.as_bytes()).map_err(|error| error.to_string())
     }
 }
 
 /// Replaces a file whole, so that whoever reads it finds the old content or the new one, also after the power
 /// was cut.
 fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".new");
-    let mut file = File::create(&beside)?;
+    let beside = beside(path);
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&beside)?;
     file.write_all(content)?;
     file.sync_all()?;
     fs::rename(&beside, path)?;
@@ -176,22 +150,10 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
 }
 
-/// Puts a file aside that cannot be used, so that nothing is lost when it is replaced; gives where it is now.
-///
-/// # Errors
-///
-/// Whatever the file system has against it.
-pub fn put_aside(path: &Path) -> io::Result<PathBuf> {
-    let mut aside = path.as_os_str().to_owned();
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    aside.push(format!(".unusable-{}", since.unwrap_or_default().as_secs()));
-    fs::rename(path, &aside)?;
-    Ok(aside.into())
-}
-
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::os::unix::fs::symlink;
+    use std::time::{Duration, SystemTime};
 
     use super::*;
 
@@ -213,25 +175,33 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state.json");
         assert_eq!(read(&path), Ok(RuntimeWeights::default()));
-        let mut file = StateFile::new(path.clone());
-        file.next(&weights()).write().unwrap();
+        // Somebody else's, or left over from a write that was cut off.
+        let victim = directory.path().join("victim");
+        fs::write(&victim, "mine").unwrap();
+        symlink(&victim, beside(&path)).unwrap();
+        Unwritten::new(&path, &weights()).write().unwrap();
         assert_eq!(read(&path), Ok(weights()));
-        let names = fs::read_dir(directory.path()).unwrap();
-        assert_eq!(names.count(), 1, "nothing is left beside it");
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "mine");
+        assert!(!beside(&path).exists());
     }
 
     #[test]
-    fn a_later_state_is_not_overwritten() {
+    fn what_a_link_leads_to_is_written() {
         let directory = tempfile::tempdir().unwrap();
-        let mut file = StateFile::new(directory.path().join("state.json"));
-        let first = file.next(&weights());
-        file.next(&RuntimeWeights::default()).write().unwrap();
-        first.write().unwrap();
-        assert_eq!(read(file.path()), Ok(RuntimeWeights::default()));
+        let (link, path) = (
+            directory.path().join("link"),
+            directory.path().join("state.json"),
+        );
+        Unwritten::new(&path, &RuntimeWeights::none())
+            .write()
+            .unwrap();
+        symlink(&path, &link).unwrap();
+        Unwritten::new(&link, &weights()).write().unwrap();
+        assert_eq!(read(&path), Ok(weights()));
     }
 
     #[test]
-    fn a_file_that_cannot_be_used_is_told_and_can_be_put_aside() {
+    fn a_file_that_is_no_state_is_told_and_left_as_it_is() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state.json");
         for (text, words) in [
@@ -253,9 +223,14 @@ mod tests {
             fs::write(&path, text).unwrap();
             let error = read(&path).unwrap_err();
             assert!(error.starts_with(words), "{error}");
+            let refused = Unwritten::new(&path, &weights()).write().unwrap_err();
+            assert!(
+                refused.starts_with(&format!("what is there {words}")),
+                "{refused}"
+            );
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
-        let aside = put_aside(&path).unwrap();
-        assert!(aside.exists() && !path.exists());
+        fs::remove_file(&path).unwrap();
         fs::create_dir(&path).unwrap();
         assert!(read(&path).unwrap_err().starts_with("cannot be read: "));
     }

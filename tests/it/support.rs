@@ -68,6 +68,12 @@ impl Proxy {
         Self::prepare_at(&path, directory, POLL_INTERVAL)
     }
 
+    /// As `prepare`, with the files that are in this directory.
+    pub(crate) fn prepare_in(directory: TempDir) -> Self {
+        let path = directory.path().join("serin.yaml");
+        Self::prepare_at(&path, directory, POLL_INTERVAL)
+    }
+
     fn prepare_at(path: &Path, directory: TempDir, poll: Duration) -> Self {
         let loaded = load(path, &mut load_list)
             .unwrap_or_else(|problems| panic!("{}", problems.render(false)));

@@ -7,7 +7,9 @@ use http::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::support::tls::Authority;
-use crate::support::{Client, Proxy, Reply, Upstream, eventually, eventually_asked, shop};
+use crate::support::{
+    Client, Proxy, Reply, Upstream, eventually, eventually_asked, shop, with_head,
+};
 
 const TOKEN: &str = "0123456789abcdef0123456789abcdef";
 const WEIGHTS: &str = "/api/v1/routes/shop/weights";
@@ -102,6 +104,10 @@ fn bearer(token: &str) -> String {
 async fn what_is_set_is_in_force_when_the_answer_comes() {
     let shop = Shop::start().await;
     assert_eq!(shop.served().await, "stable");
+    eventually_asked("it can be saved", async || {
+        shop.get().await["saved"] == true
+    })
+    .await;
     let before = shop.get().await;
     assert_eq!(before["source"], "file");
     assert_eq!(
@@ -237,6 +243,19 @@ async fn a_certificate_says_who_it_is_as_well() {
             );
         }
     }
+
+    // Whom nobody believes any more is not believed on a connection that stands either.
+    let client = authority.client_with(&[], Some(&on_call), rustls::ALL_VERSIONS);
+    let mut admin = client.connect(proxy.admin(), "localhost").await;
+    let revision = proxy.revision();
+    fs::write(
+        proxy.directory().join("ca.pem"),
+        Authority::new("others").pem,
+    )
+    .unwrap();
+    eventually("the authority is gone", || proxy.revision() > revision).await;
+    let reply = admin.send(Method::PUT, WEIGHTS, &[], body).await.unwrap();
+    assert_eq!(reply.status, StatusCode::UNAUTHORIZED);
 }
 
 #[tokio::test]
@@ -297,8 +316,12 @@ async fn who_says_what_he_has_seen_overwrites_nothing_else() {
     let order = json!({ "weights": { "shop-stable": 50, "shop-canary": 50 } });
     let (token, seen) = (bearer(TOKEN), format!("\"{seen}\""));
     let both = format!("\"0\" , {seen}");
+    let shouted = seen.to_uppercase();
+    let weak = format!("W/{seen}");
     for (tags, status) in [
         ("\"0123456789abcdef\"", 412),
+        (&shouted, 412),
+        (&weak, 412),
         ("W/\"0\"", 412),
         (&both, 200),
         (&seen, 412),
@@ -375,24 +398,61 @@ async fn what_is_set_outlives_the_process_unless_the_file_was_edited_meanwhile()
 }
 
 #[tokio::test]
-async fn a_state_file_that_cannot_be_used_is_put_aside_and_costs_nobody_the_start() {
+async fn a_state_file_that_is_none_costs_nobody_the_start_and_is_left_as_it_is() {
     let shop = Shop::start().await;
     shop.put(0, 1).await;
     fs::write(shop.state_file(), "{ half").unwrap();
     let shop = shop.restart().await;
     assert_eq!(shop.get().await["source"], "file");
-    let names = fs::read_dir(shop.proxy.directory()).unwrap();
-    let aside = names
-        .map(|entry| entry.unwrap().path())
-        .find(|path| path.to_string_lossy().contains("state.json.unusable-"));
-    assert_eq!(fs::read_to_string(aside.unwrap()).unwrap(), "{ half");
-    assert_eq!(shop.put(0, 1).await.json()["saved"], true);
+    let set = shop.put(0, 1).await.json();
+    assert_eq!(
+        (&set["source"], &set["saved"]),
+        (&"api".into(), &false.into())
+    );
+    let words = "what is there cannot be used: ";
+    assert!(set["unsaved"].as_str().unwrap().starts_with(words), "{set}");
+    assert_eq!(fs::read_to_string(shop.state_file()).unwrap(), "{ half");
+    fs::remove_file(shop.state_file()).unwrap();
+    eventually_asked("it is saved", async || shop.get().await["saved"] == true).await;
+}
+
+#[tokio::test]
+async fn a_successor_takes_up_what_was_set_while_it_started_and_writes_nothing_before_it_serves() {
+    let shop = Shop::start().await;
+    shop.put(0, 1).await;
+    // It begins with an edited file, and so without what was set.
+    let edited = shop.config((99, 1));
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("state.json");
+    with_token(directory.path());
+    fs::write(directory.path().join("serin.yaml"), with_head(&edited)).unwrap();
+    fs::copy(shop.state_file(), &state).unwrap();
+    let before = fs::read_to_string(&state).unwrap();
+    let successor = Proxy::prepare_in(directory);
+    assert_eq!(fs::read_to_string(&state).unwrap(), before);
+    // What the process before has set meanwhile.
+    let meanwhile = before
+        .replace("100", "99")
+        .replace("\"shop-canary\": 0", "\"shop-canary\": 1");
+    fs::write(&state, meanwhile).unwrap();
+    successor.app().open();
+    let shop = Shop {
+        proxy: successor,
+        ..shop
+    };
+    eventually_asked("it is in force", async || {
+        shop.get().await["source"] == "api"
+    })
+    .await;
+    assert_eq!(shop.served().await, "canary");
 }
 
 #[tokio::test]
 async fn weights_take_effect_while_they_cannot_be_saved_and_are_saved_later() {
     let shop = Shop::start().await;
+    eventually_asked("it was saved", async || shop.get().await["saved"] == true).await;
     // Where the file should be, there is a directory that is not empty.
+    fs::remove_file(shop.state_file()).unwrap();
     fs::create_dir_all(shop.state_file().join("full")).unwrap();
     let set = shop.put(0, 1).await.json();
     assert_eq!(set["saved"], false);
