@@ -745,12 +745,8 @@ fn is_read_by(loaded: &Loaded, output: &Output) -> bool {
     let Ok(output) = output.canonicalize() else {
         return false;
     };
-    let files = loaded.files.iter().map(|(path, _)| path);
-    let lists = loaded.lists.keys().map(|list| &list.path);
-    files
-        .chain(lists)
-        .chain(loaded.endpoints_files.keys())
-        .any(|path| path.canonicalize().is_ok_and(|path| path == output))
+    let mut files = loaded.files_read();
+    files.any(|path| path.canonicalize().is_ok_and(|path| path == output))
 }
 
 /// What is open in the process and part of the next snapshot.

@@ -209,10 +209,8 @@ fn load_in(
     let endpoints_files = load_endpoints_files(&endpoints_files, read, &document, &mut problems);
     let files = files.into_inner();
     if let Some(config) = &config {
-        let named = files.iter().map(|(file, _)| file);
-        let named = named.chain(lists.keys().map(|list| &list.path));
-        let named: Vec<&PathBuf> = named.chain(endpoints_files.keys()).collect();
-        problems.extend(spoilt_by_state(config, path, &named, &document));
+        let read = files_read(&files, &lists, &endpoints_files).chain([path]);
+        problems.extend(spoilt_by_state(config, read, &document));
     }
     let warnings = Problems::new(path, text, problems);
     match config {
@@ -299,6 +297,13 @@ fn home(path: &FilePath) -> &FilePath {
     }
 }
 
+impl Loaded {
+    /// The files that it names and consists of.
+    pub fn files_read(&self) -> impl Iterator<Item = &FilePath> {
+        files_read(&self.files, &self.lists, &self.endpoints_files)
+    }
+}
+
 impl ListFailure {
     /// The reason, for people.
     pub fn into_reason(self) -> String {
@@ -340,29 +345,33 @@ pub fn beside(path: &FilePath) -> PathBuf {
     beside.into()
 }
 
-/// What is wrong with a state file that is another file of this configuration, at `path`, as well: it would be
+/// The files that a configuration names and consists of.
+fn files_read<'f>(
+    files: &'f [(PathBuf, Option<Stamp>)],
+    lists: &'f Lists,
+    endpoints_files: &'f EndpointsFiles,
+) -> impl Iterator<Item = &'f FilePath> {
+    let files = files.iter().map(|(path, _)| path);
+    let files = files.chain(lists.keys().map(|list| &list.path));
+    files.chain(endpoints_files.keys()).map(PathBuf::as_path)
+}
+
+/// What is wrong with a state file that is one of those that are `read`, or the access log, as well: it would be
 /// replaced.
-fn spoilt_by_state(
-    config: &Config,
-    path: &FilePath,
-    named: &[&PathBuf],
+fn spoilt_by_state<'f>(
+    config: &'f Config,
+    read: impl Iterator<Item = &'f FilePath>,
     document: &Node,
 ) -> Option<Problem> {
     let state = config.state_file.as_ref()?;
     let real = |path: &FilePath| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let written = [real(state), real(&beside(state))];
-    let log = config
-        .access_log
-        .as_ref()
-        .and_then(|log| match &log.output {
-            Output::File(file) => Some(file),
-            Output::Stdout => None,
-        });
-    let mut others = named.iter().map(|file| &***file).chain([path]);
-    let spoilt = others
-        .by_ref()
-        .chain(log.map(|log| &**log))
-        .find(|other| written.contains(&real(other)))?;
+    let log = match config.access_log.as_ref().map(|log| &log.output) {
+        Some(Output::File(file)) => Some(file.as_path()),
+        Some(Output::Stdout) | None => None,
+    };
+    let mut others = read.chain(log);
+    let spoilt = others.find(|other| written.contains(&real(other)))?;
     let at = Path::default().key("stateFile");
     let message = format!(
         "`{}` is another file of this configuration, which would be replaced",
