@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::healthcheck::Url;
+use crate::url::Url;
 
 /// A traffic proxy for canary and gray releases.
 #[derive(Debug, Parser)]

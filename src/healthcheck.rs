@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::HOST;
-use http::uri::{PathAndQuery, Scheme};
 use http::{Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1;
@@ -20,19 +19,10 @@ use tokio_rustls::TlsConnector;
 
 use crate::stream::Stream;
 use crate::tls::client::{ClientTls, Trust};
+use crate::url::Url;
 
 /// The most bytes of an answer that are shown.
 const LARGEST_ANSWER: usize = 4096;
-
-/// What is asked: an `http` or `https` URL.
-#[derive(Clone, Debug)]
-pub struct Url {
-    is_encrypted: bool,
-    host: String,
-    port: u16,
-    authority: String,
-    path: PathAndQuery,
-}
 
 /// Asks, and waits no longer than `limit`.
 ///
@@ -83,62 +73,4 @@ async fn connect(url: &Url) -> io::Result<Stream> {
     let name = ServerName::try_from(url.host.clone()).map_err(io::Error::other)?;
     let connector = TlsConnector::from(Arc::clone(tls.config(true)));
     Ok(Stream::tls(connector.connect(name, stream).await?))
-}
-
-// === impl Url ===
-
-impl std::str::FromStr for Url {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let uri: Uri = text
-            .parse()
-            .map_err(|error| format!("is no URL: {error}"))?;
-        let is_encrypted = match uri.scheme() {
-            Some(scheme) if *scheme == Scheme::HTTP => false,
-            Some(scheme) if *scheme == Scheme::HTTPS => true,
-            _ => return Err("is no `http` or `https` URL".to_owned()),
-        };
-        let authority = uri.authority().ok_or("names no host")?;
-        let default_port = if is_encrypted { 443 } else { 80 };
-        let host = authority.host();
-        Ok(Self {
-            is_encrypted,
-            host: host
-                .trim_start_matches('[')
-                .trim_end_matches(']')
-                .to_owned(),
-            port: authority.port_u16().unwrap_or(default_port),
-            authority: authority.to_string(),
-            path: uri.path_and_query().cloned().ok_or("names no path")?,
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_url_says_whom_to_ask_and_how() {
-        for (text, is_encrypted, host, port) in [
-            ("http://127.0.0.1:9901/readyz", false, "127.0.0.1", 9901),
-            ("https://[::1]:9901/readyz", true, "::1", 9901),
-            ("http://localhost", false, "localhost", 80),
-            ("https://localhost/a?b", true, "localhost", 443),
-        ] {
-            let url: Url = text.parse().unwrap();
-            assert_eq!(url.is_encrypted, is_encrypted, "{text}");
-            assert_eq!((&*url.host, url.port), (host, port), "{text}");
-        }
-        for text in [
-            "",
-            "127.0.0.1:9901",
-            "/readyz",
-            "ftp://localhost/",
-            "http://",
-        ] {
-            assert!(text.parse::<Url>().is_err(), "{text}");
-        }
-    }
 }

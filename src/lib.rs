@@ -48,5 +48,6 @@ pub mod telemetry;
 pub mod tls;
 pub mod transcode;
 pub mod upstream;
+pub mod url;
 mod weak_list;
 pub mod weights;
