@@ -40,6 +40,7 @@ use crate::server::worker::WorkerHandle;
 use crate::snapshot::{Live, Revision, Snapshot};
 use crate::telemetry::access_log::Sinks;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::trace::Exporters;
 use crate::upstream::Shortage;
 use crate::weights::{RuntimeWeights, state};
 
@@ -84,6 +85,7 @@ pub struct App {
     board: StatusBoard,
     metrics: Arc<Metrics>,
     sinks: Arc<Sinks>,
+    exporters: Arc<Exporters>,
     sockets: Arc<Sockets>,
     slots: Slots,
     reload: mpsc::Sender<ReloadRequest>,
@@ -177,7 +179,8 @@ impl App {
             let hint = "use another path for --takeover, or end that process first";
             Problems::whole_file(&file, format!("{unrelated}; {hint}"))
         })?;
-        let (live, board, sinks) = (control.live(), control.board(), control.sinks());
+        let (live, board) = (control.live(), control.board());
+        let (sinks, exporters) = (control.sinks(), control.exporters());
         let (workers, worker_threads) =
             start_workers(count, &live, &metrics).map_err(|error| failed("the workers", error))?;
         metrics.gauge("serin_workers", &[]).set(count as f64);
@@ -221,6 +224,7 @@ impl App {
             board,
             metrics,
             sinks,
+            exporters,
             sockets,
             slots,
             reload,
@@ -364,8 +368,9 @@ impl App {
         }
         drop(self.stop);
         finish(self.control_thread, "the control thread", limit);
-        self.sinks
-            .flush(ENDING_LIMIT.saturating_sub(over.elapsed()));
+        let left = || ENDING_LIMIT.saturating_sub(over.elapsed());
+        self.sinks.flush(left());
+        self.exporters.flush(left());
         if cut_off == 0 {
             Drained::Clean
         } else {

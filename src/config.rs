@@ -41,7 +41,7 @@ use crate::routing::rescue::Rescue;
 use crate::routing::split::{Ratio, Weight};
 use crate::routing::table::{Hostname, RouteMatch};
 use crate::routing::{Target, user_list};
-use crate::telemetry::access_log;
+use crate::telemetry::{access_log, trace};
 use crate::tls;
 use crate::transcode::Transcoder;
 
@@ -69,6 +69,8 @@ pub struct Config {
     pub duration_buckets: Vec<f64>,
     /// Where a line for each request goes.
     pub access_log: Option<access_log::Settings>,
+    /// Which requests are traced, and where their spans go.
+    pub tracing: Option<trace::Settings>,
     /// How names of endpoints are resolved.
     pub dns: discovery::Settings,
     /// The versions there are.

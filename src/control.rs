@@ -32,6 +32,7 @@ use crate::server::{self, BoundSocket, DrainingListener, OpenListener, Phase};
 use crate::snapshot::{Live, Living, Revision, Snapshot, Sources, compile};
 use crate::telemetry::access_log::{AccessLog, Output, Sinks};
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::trace::{Exporters, Tracer};
 use crate::weights::{RuntimeWeights, state};
 
 use weights::{Refusal, Saved, WeightsOrder};
@@ -150,6 +151,8 @@ pub struct Control {
     phases: watch::Receiver<Phase>,
     sockets: Arc<Sockets>,
     access_log: Option<Arc<AccessLog>>,
+    tracer: Option<Arc<Tracer>>,
+    exporters: Arc<Exporters>,
     sinks: Arc<Sinks>,
     /// What the process started with and cannot change.
     fixed: Fixed,
@@ -205,7 +208,9 @@ impl Control {
         let phase = Phase::Starting;
         let (listeners, bound) = bind_new(&loaded, &[], phase, &sockets, &metrics)?;
         let sinks = Sinks::new(&metrics);
-        let access_log = open_log(&loaded, None, &sinks)?;
+        let access_log = open_log(&loaded, &sinks)?;
+        let exporters = Exporters::new(&metrics);
+        let tracer = start_tracer(&loaded, &exporters)?;
         let fixed = Fixed {
             workers: loaded.config.workers,
             admin: loaded.config.admin.address,
@@ -218,6 +223,7 @@ impl Control {
             listeners: &listeners,
             draining: &[],
             access_log: access_log.as_ref(),
+            tracer: tracer.as_ref(),
         };
         let names = endpoints::merge_names(&metrics, &loaded, &Names::new(), found);
         weights::yielded(&mut weights, &loaded.config);
@@ -265,6 +271,8 @@ impl Control {
                 sockets,
                 access_log,
                 sinks,
+                tracer,
+                exporters,
                 fixed,
                 board,
                 weights,
@@ -279,6 +287,11 @@ impl Control {
     /// Where the snapshots hang.
     pub fn live(&self) -> Arc<Live> {
         Arc::clone(&self.live)
+    }
+
+    /// What spans are exported by.
+    pub fn exporters(&self) -> Arc<Exporters> {
+        Arc::clone(&self.exporters)
     }
 
     /// What access logs are written to.
@@ -398,7 +411,9 @@ impl Control {
         let loaded = Arc::new(loaded);
         let (phase, sockets) = (self.phase, &self.sockets);
         let (opened, bound) = bind_new(&loaded, &self.listeners, phase, sockets, &self.metrics)?;
-        self.access_log = open_log(&loaded, self.access_log.as_ref(), &self.sinks)?;
+        let access_log = open_log(&loaded, &self.sinks)?;
+        self.tracer = start_tracer(&loaded, &self.exporters)?;
+        self.access_log = access_log;
         let (mut kept, closed): (Vec<_>, Vec<_>) = std::mem::take(&mut self.listeners)
             .into_iter()
             .partition(|open| {
@@ -522,6 +537,7 @@ impl Control {
             listeners: &self.listeners,
             draining: &self.draining,
             access_log: self.access_log.as_ref(),
+            tracer: self.tracer.as_ref(),
         };
         let next = open.with(next);
         let is_current = |endpoint| next.backend_of(endpoint).is_some();
@@ -711,18 +727,11 @@ pub(crate) fn problem_at(source: &str, at: &Path, message: String) -> Problem {
     Problem::error(at, span, message)
 }
 
-/// Opens the access log, unless it is open as configured: before anything is taken over.
-fn open_log(
-    loaded: &Loaded,
-    open: Option<&Arc<AccessLog>>,
-    sinks: &Sinks,
-) -> Result<Option<Arc<AccessLog>>, Problems> {
+/// Opens the access log, before anything is taken over; its output may be open already.
+fn open_log(loaded: &Loaded, sinks: &Sinks) -> Result<Option<Arc<AccessLog>>, Problems> {
     let Some(settings) = &loaded.config.access_log else {
         return Ok(None);
     };
-    if let Some(open) = open.filter(|open| open.settings() == settings) {
-        return Ok(Some(Arc::clone(open)));
-    }
     let output = &settings.output;
     let opened = if is_read_by(loaded, output) {
         Err("it is read for the configuration".to_owned())
@@ -732,6 +741,18 @@ fn open_log(
     opened.map(Some).map_err(|reason| {
         let at = Path::default().key("accessLog").key("output");
         let message = format!("the access log cannot be written to {output}: {reason}");
+        let source = &loaded.warnings.source;
+        Problems::new(&loaded.path, source, vec![problem_at(source, &at, message)])
+    })
+}
+
+/// What traces requests as the configuration says; its exporter may be there already.
+fn start_tracer(loaded: &Loaded, exporters: &Exporters) -> Result<Option<Arc<Tracer>>, Problems> {
+    let settings = loaded.config.tracing.as_ref();
+    let tracer = settings.map(|settings| Tracer::new(settings, exporters));
+    tracer.transpose().map_err(|error| {
+        let at = Path::default().key("tracing");
+        let message = format!("the exporter of spans cannot be started: {error}");
         let source = &loaded.warnings.source;
         Problems::new(&loaded.path, source, vec![problem_at(source, &at, message)])
     })
@@ -754,6 +775,7 @@ struct Open<'o> {
     listeners: &'o [OpenListener],
     draining: &'o [DrainingListener],
     access_log: Option<&'o Arc<AccessLog>>,
+    tracer: Option<&'o Arc<Tracer>>,
 }
 
 // === impl Open ===
@@ -768,6 +790,7 @@ impl Open<'_> {
             }
         }
         next.access_log = self.access_log.map(Arc::clone);
+        next.tracer = self.tracer.map(Arc::clone);
         let draining = self.draining.iter().map(|drained| drained.listener.clone());
         next.draining_listeners = draining.collect();
         next

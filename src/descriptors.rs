@@ -4,8 +4,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{info, warn};
 
 /// What the process needs without any listener, worker or client: standard streams, the runtimes of
-/// its threads, watched directories, files that are read, the access log, and some connections to the
-/// admin listener.
+/// its threads, watched directories, files that are read, the access log, the exporter of spans, and some
+/// connections to the admin listener.
 const BASE: u64 = 32;
 
 /// What a worker needs: its runtime.

@@ -16,6 +16,7 @@ pub mod headers;
 mod kept;
 mod limits;
 pub mod origin;
+mod recording;
 pub mod stays;
 pub mod timeouts;
 pub mod translate;
@@ -189,8 +190,8 @@ impl Proxy {
         request: Request<Incoming>,
     ) -> impl Future<Output = Response<ReplyBody>> + 'p {
         let snapshot = self.live.current();
-        let log = snapshot.access_log();
-        let mut exchange = Exchange::begin(&self.metrics, log, &request);
+        let (log, tracer) = (snapshot.access_log(), snapshot.tracer());
+        let mut exchange = Exchange::begin(&self.metrics, log, tracer, &request);
         async move {
             match self.route(&snapshot, peer, &mut exchange, request) {
                 Ok(routed) => self.forward(routed, exchange).await,
@@ -282,7 +283,7 @@ impl Proxy {
         };
         exchange.has_body(progress.clone());
         if lease.is_some() {
-            exchange.sent_to(endpoint);
+            exchange.sent_to(backend, endpoint, &mut parts.headers);
         }
         Ok(Routed {
             request: Request::from_parts(parts, body),

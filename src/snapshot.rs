@@ -39,6 +39,7 @@ use crate::routing::split::{Ratio, Split, Weight};
 use crate::routing::{BASELINE, Decision, Gray, Reason, RequestHead, RouteTable, Target, UserList};
 use crate::telemetry::access_log::{AccessLog, WorkerLog};
 use crate::telemetry::metrics::{Metrics, TargetLabels, TargetMetrics};
+use crate::telemetry::trace::{Tracer, WorkerTracer};
 use crate::tls::server::{ServerTls, Tickets};
 use crate::transcode::Transcoder;
 use crate::weights::RuntimeWeights;
@@ -69,6 +70,8 @@ pub struct Snapshot {
     pub overload: Overload,
     /// Where a line for each request goes.
     pub access_log: Option<Arc<AccessLog>>,
+    /// What traces requests.
+    pub tracer: Option<Arc<Tracer>>,
     table: RouteTable,
     /// Where each stands in `routes`.
     routes_by_name: HashMap<Arc<str>, usize>,
@@ -203,6 +206,8 @@ pub struct Held {
     snapshot: Arc<Snapshot>,
     /// The worker's end of its access log.
     access_log: Option<Rc<WorkerLog>>,
+    /// The worker's tracer.
+    tracer: Option<Rc<WorkerTracer>>,
 }
 
 /// The panic threshold of those who have somewhere else to go.
@@ -270,6 +275,7 @@ pub fn compile(
             .collect(),
         overload: config.overload,
         access_log: None,
+        tracer: None,
         routes: config
             .routes
             .iter()
@@ -767,15 +773,23 @@ impl Held {
     fn follow(snapshot: Arc<Snapshot>, before: Option<&Self>) -> Self {
         let log = before.and_then(|before| before.access_log.as_ref());
         let access_log = WorkerLog::follow(log, snapshot.access_log.as_ref());
+        let tracer = before.and_then(|before| before.tracer.as_ref());
+        let tracer = WorkerTracer::follow(tracer, snapshot.tracer.as_ref());
         Self {
             snapshot,
             access_log,
+            tracer,
         }
     }
 
     /// The worker's end of the access log.
     pub fn access_log(&self) -> Option<&Rc<WorkerLog>> {
         self.access_log.as_ref()
+    }
+
+    /// The worker's tracer.
+    pub fn tracer(&self) -> Option<&Rc<WorkerTracer>> {
+        self.tracer.as_ref()
     }
 }
 

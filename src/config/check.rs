@@ -13,6 +13,8 @@ mod listener;
 mod process;
 mod resilience;
 mod route;
+mod telemetry;
+mod tracing;
 mod transport;
 mod user_list;
 
@@ -25,14 +27,14 @@ use ipnet::IpNet;
 use rustls::RootCertStore;
 
 use crate::limit::overload::Overload;
-use crate::telemetry::access_log;
-use crate::telemetry::metrics::DEFAULT_BUCKETS;
 
 use super::document::{Node, Path};
-use super::file::{self, ConfigFile};
+use super::file::ConfigFile;
 use super::problem::{Problem, Severity, did_you_mean};
 use super::value::Misfit;
 use super::{Config, UserList, value};
+
+use telemetry::LogNames;
 
 /// What checking needs of the world around the file.
 pub(super) struct Surroundings<'s> {
@@ -45,6 +47,8 @@ pub(super) struct Surroundings<'s> {
     pub(super) read: &'s dyn Fn(&FilePath) -> Result<Vec<u8>, String>,
     /// The authorities that the system trusts.
     pub(super) system_authorities: &'s dyn Fn() -> RootCertStore,
+    /// Reads a variable of the environment.
+    pub(super) variable: &'s dyn Fn(&str) -> Option<String>,
     /// Seconds since 1970.
     pub(super) now: u64,
 }
@@ -126,7 +130,6 @@ impl Checker<'_> {
         let shutdown = self.shutdown(&file.shutdown, &root.key("shutdown"));
         let state_file = self.state_file(file.state_file.as_deref(), &root.key("stateFile"));
         let duration_buckets = self.buckets(file.telemetry.duration_buckets.as_deref(), &root);
-        let access_log = self.access_log(file.access_log.as_ref(), &root.key("accessLog"));
         let dns = self.dns(&file.dns, &root.key("dns"));
 
         let mut backend_names = self.names(
@@ -139,7 +142,7 @@ impl Checker<'_> {
             file.user_lists.iter().map(|entry| entry.name.as_str()),
             &root.key("userLists"),
         );
-        self.names(
+        let mut route_names = self.names(
             "route",
             file.routes.iter().map(|entry| entry.name.as_str()),
             &root.key("routes"),
@@ -169,10 +172,18 @@ impl Checker<'_> {
                 &mut list_names,
             )
         });
+        let tracing = self.tracing(file.tracing.as_ref(), &root.key("tracing"));
         if decoded_whole {
             self.warn_of_unused(&backend_names, &root.key("backends"));
             self.warn_of_unused(&list_names, &root.key("userLists"));
         }
+        // Behind: who is only spoken of in the log is used by nobody.
+        let mut names = LogNames {
+            backends: &mut backend_names,
+            routes: &mut route_names,
+        };
+        let log_at = root.key("accessLog");
+        let access_log = self.access_log(file.access_log.as_ref(), &mut names, &log_at);
         let routes_at = root.key("routes");
         if file.routes.is_empty() && !self.document.is_maimed(&routes_at) {
             self.warn(
@@ -193,64 +204,12 @@ impl Checker<'_> {
             },
             duration_buckets: duration_buckets?,
             access_log: access_log?,
+            tracing: tracing?,
             dns: dns?,
             backends: backends?,
             user_lists: user_lists?,
             routes: routes?,
         })
-    }
-
-    fn buckets(&mut self, buckets: Option<&[f64]>, root: &Path) -> Option<Vec<f64>> {
-        let at = root.key("telemetry").key("durationBuckets");
-        let Some(buckets) = buckets else {
-            return Some(DEFAULT_BUCKETS.to_vec());
-        };
-        let ascending = buckets.windows(2).all(|pair| pair[0] < pair[1]);
-        if buckets.is_empty()
-            || !ascending
-            || buckets
-                .iter()
-                .any(|bound| !bound.is_finite() || *bound <= 0.0)
-        {
-            self.error(
-                &at,
-                "buckets are seconds above 0 in ascending order, at least one",
-                None,
-            );
-            return None;
-        }
-        Some(buckets.to_vec())
-    }
-
-    fn access_log(
-        &mut self,
-        log: Option<&file::AccessLog>,
-        at: &Path,
-    ) -> Option<Option<access_log::Settings>> {
-        let Some(log) = log else { return Some(None) };
-        let home = self.around.home;
-        let output = self.parse(&log.output, &at.key("output"), |output| match output {
-            "" => Err("is neither `stdout` nor the name of a file".to_owned()),
-            "stdout" => Ok(access_log::Output::Stdout),
-            // Nobody means a file of that name; `./-` is one.
-            "-" | "stderr" => Err("is no file; write `stdout`, or the name of one".to_owned()),
-            near if near.trim().eq_ignore_ascii_case("stdout") => {
-                Err("is no file; did you mean `stdout`?".to_owned())
-            }
-            file => Ok(access_log::Output::File(home.join(file))),
-        })?;
-        Some(Some(access_log::Settings {
-            output,
-            format: match log.format {
-                file::LogFormat::Json => access_log::Format::Json,
-                file::LogFormat::Text => access_log::Format::Text,
-            },
-            user: match log.user {
-                file::LogUser::Hash => access_log::UserField::Hash,
-                file::LogUser::Plain => access_log::UserField::Plain,
-                file::LogUser::Omit => access_log::UserField::Omit,
-            },
-        }))
     }
 
     fn networks(&mut self, texts: &[String], at: &Path) -> Option<Arc<[IpNet]>> {

@@ -13,6 +13,7 @@ mod limit;
 mod listener;
 mod resilience;
 mod route;
+mod telemetry;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -39,6 +40,10 @@ pub use resilience::{
 pub use route::{
     BackendRef, EscapedSlashes, NamedMatch, PathMatch, PathMatchType, Route, RouteLimits,
     RouteMatch, RouteTimeouts, Transcode, ValueMatchType,
+};
+pub use telemetry::{
+    AccessLog, LogFormat, LogRotation, LogSampling, LogUser, StatusRange, Telemetry, TraceCallers,
+    TraceProtocol, TraceSampling, Tracing,
 };
 
 /// Durations as the Gateway API writes them (GEP-2257): up to four numbers of up to five digits
@@ -78,6 +83,9 @@ pub struct ConfigFile {
     /// A line for each request (default: none is written).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub access_log: Option<AccessLog>,
+    /// Spans of requests for a collector of OpenTelemetry (default: none).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracing: Option<Tracing>,
     /// How names of endpoints are resolved.
     #[serde(default)]
     pub dns: Dns,
@@ -159,55 +167,6 @@ pub struct Shutdown {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("pattern" = DURATION_PATTERN))]
     pub lame_duck: Option<String>,
-}
-
-/// What is measured, and how finely.
-#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Telemetry {
-    /// Upper bounds of the latency histograms in seconds, ascending. A change needs a restart.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub duration_buckets: Option<Vec<f64>>,
-}
-
-/// A line for each request.
-#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct AccessLog {
-    /// `stdout`, or the name of a file, relative to the configuration file. SIGUSR1 opens the file
-    /// anew, after it has been renamed.
-    pub output: String,
-    /// How lines are written (default `json`).
-    #[serde(default)]
-    pub format: LogFormat,
-    /// How the user's id is written (default `hash`).
-    #[serde(default)]
-    pub user: LogUser,
-}
-
-/// How a line of the access log is written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub enum LogFormat {
-    /// A JSON object.
-    #[default]
-    Json,
-    /// The same fields as `key=value` (logfmt).
-    Text,
-}
-
-/// How the user's id is written into the access log.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub enum LogUser {
-    /// Its XXH3 hash, a pseudonym: lines of one user belong together, and whoever knows the id can
-    /// find them.
-    #[default]
-    Hash,
-    /// As it is.
-    Plain,
-    /// Not at all.
-    Omit,
 }
 
 /// A list of user ids in a file, exact and reloaded on its own.

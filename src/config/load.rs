@@ -193,6 +193,7 @@ fn load_in(
                 .map_err(|error| cannot_read(&error))
         },
         system_authorities: &|| system_authorities.clone(),
+        variable: &|name| std::env::var(name).ok().filter(|value| !value.is_empty()),
         now: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()

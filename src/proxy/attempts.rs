@@ -430,7 +430,11 @@ impl<'s> Again<'s> {
     /// Takes note that an attempt is given up for the next one.
     fn turn_to(&mut self, next: &Next<'s>, tried: &Tried<'s>, exchange: &mut Exchange) {
         let (status, grpc) = match &tried.outcome {
-            Ok(responded) => (responded.response.status(), None),
+            Ok(responded) => {
+                let status = responded.response.status();
+                exchange.attempt_rejected(status);
+                (status, None)
+            }
             Err(Failed { error, .. }) => {
                 exchange.attempt_failed(error.token());
                 (error.status(), Some(error.grpc_status()))
@@ -460,8 +464,8 @@ impl<'s> Again<'s> {
         let now = Instant::now();
         exchange.begins_again(now);
         exchange.has_body(progress.clone());
-        exchange.sent_to(lease.endpoint());
-        let request = self.request(target, body);
+        let mut request = self.request(target, body);
+        exchange.sent_to(&target.backend, lease.endpoint(), request.headers_mut());
         let sent = {
             let addresses = self.addresses.clone();
             let (backend, endpoint) = (&target.backend, lease.endpoint());

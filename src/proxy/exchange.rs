@@ -4,22 +4,24 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderValue, USER_AGENT};
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue, USER_AGENT};
 use http::{Request, Response, StatusCode, Version};
 use tokio::time::Instant;
 
-use crate::backend::{Crowded, Endpoint};
+use crate::backend::{Backend, Crowded, Endpoint};
 use crate::limit::gcra::Standing;
 use crate::routing::Decision;
 use crate::snapshot::{FailedOver, Route, RouteTarget};
-use crate::telemetry::access_log::{Line, LogValue, WorkerLog};
+use crate::telemetry::access_log::{Candidates, Ended, Line, LogValue, WorkerLog};
 use crate::telemetry::metrics::{MethodLabel, Metrics, Protocol, TargetMetrics, WorkerMetrics};
+use crate::telemetry::trace::{SpanContext, WorkerTracer};
 use crate::telemetry::trace_context::TraceContext;
 
 use super::body::Progress;
 use super::error::client_gone;
 use super::grpc;
-use super::origin::Origin;
+use super::origin::{Origin, named_host};
+use super::recording::{Outcome, Recording};
 use super::translate::Translation;
 
 /// What the access log says of a client that went away before it had its whole response.
@@ -64,10 +66,14 @@ pub struct Exchange {
     translation: Option<Translation>,
     /// The upstream brought no whole response.
     has_failed: bool,
+    /// What went wrong.
+    error: Option<&'static str>,
     /// It was ended, since its user gets another version: nobody is to blame.
     is_moved: bool,
     /// Its line in the access log, if there is one; boxed, since an exchange is moved a few times.
     entry: Option<Box<Entry>>,
+    /// What its span says, if requests are traced; boxed as well.
+    recording: Option<Box<Recording>>,
 }
 
 /// A request that has become a tunnel.
@@ -106,10 +112,11 @@ enum Grpc {
 #[derive(Debug)]
 struct Entry {
     line: Line,
+    /// What it may be of, as far as its path says.
+    candidates: Candidates,
     /// The last one that it was sent to.
     endpoint: Option<Arc<Endpoint>>,
     upstream: Option<Duration>,
-    error: Option<&'static str>,
 }
 
 // === impl Exchange ===
@@ -119,9 +126,12 @@ impl Exchange {
     pub fn begin<B>(
         metrics: &Rc<WorkerMetrics>,
         log: Option<&Rc<WorkerLog>>,
+        tracer: Option<&Rc<WorkerTracer>>,
         request: &Request<B>,
     ) -> Self {
         let started = Instant::now();
+        let recording = tracer.map(|tracer| Box::new(Recording::begin(tracer, request)));
+        let span = recording.as_deref().map(Recording::context);
         Self {
             metrics: Rc::clone(metrics),
             started,
@@ -141,8 +151,10 @@ impl Exchange {
             grpc: Grpc::No,
             translation: None,
             has_failed: false,
+            error: None,
             is_moved: false,
-            entry: log.map(|log| Box::new(Entry::begin(log, started, request))),
+            entry: log.map(|log| Box::new(Entry::begin(log, started, request, span))),
+            recording,
         }
     }
 
@@ -240,6 +252,9 @@ impl Exchange {
                 entry.text("tls_version", tls.version);
             }
         }
+        if let Some(recording) = &mut self.recording {
+            recording.came_from(origin);
+        }
     }
 
     /// From now on it counts for the target of this decision; another one would have had it that
@@ -264,6 +279,9 @@ impl Exchange {
         if let Some(entry) = &mut self.entry {
             entry.decided(route, decision);
         }
+        if let Some(recording) = &mut self.recording {
+            recording.decided(decision);
+        }
     }
 
     /// This is its body, which may still be on its way.
@@ -271,11 +289,27 @@ impl Exchange {
         self.request_body = Some(body);
     }
 
-    /// It is on its way to this endpoint.
-    pub fn sent_to(&mut self, endpoint: &Arc<Endpoint>) {
+    /// It is on its way to this endpoint of a backend, with these fields.
+    pub fn sent_to(
+        &mut self,
+        backend: &Arc<Backend>,
+        endpoint: &Arc<Endpoint>,
+        headers: &mut HeaderMap,
+    ) {
         self.attempts += 1;
         if let Some(entry) = &mut self.entry {
             entry.endpoint = Some(Arc::clone(endpoint));
+        }
+        if let Some(recording) = &mut self.recording {
+            recording.sent_to(backend, endpoint, self.sent_at, headers);
+        }
+    }
+
+    /// The last attempt was answered with this, and that is not passed on.
+    pub fn attempt_rejected(&mut self, status: StatusCode) {
+        if let Some(recording) = &mut self.recording {
+            recording.answered(status);
+            recording.attempt_failed(None);
         }
     }
 
@@ -321,12 +355,18 @@ impl Exchange {
         if let Some(entry) = &mut self.entry {
             entry.text("shielded_by", &baseline.backend.name);
         }
+        if let Some(recording) = &mut self.recording {
+            recording.shielded_by(&baseline.backend.name);
+        }
     }
 
     /// An attempt has brought no response.
-    pub fn attempt_failed(&self, error: &'static str) {
+    pub fn attempt_failed(&mut self, error: &'static str) {
         if let Some(target) = self.serving() {
             target.count_upstream_error(&self.metrics.all, error);
+        }
+        if let Some(recording) = &mut self.recording {
+            recording.attempt_failed(Some(error));
         }
     }
 
@@ -338,6 +378,9 @@ impl Exchange {
         }
         if let Some(entry) = &mut self.entry {
             entry.upstream = Some(upstream);
+        }
+        if let Some(recording) = &mut self.recording {
+            recording.answered(status);
         }
         self.status = Some(status);
         upstream
@@ -476,9 +519,13 @@ impl Exchange {
     }
 
     fn failed(&mut self, error: &'static str) {
-        if let Some(entry) = &mut self.entry {
-            entry.error = Some(error);
-        }
+        self.error = Some(error);
+    }
+
+    /// True when it has failed, and not by its client's fault, with this as the last word on it.
+    fn is_failure(&self, status: StatusCode, grpc: Option<grpc::Status>) -> bool {
+        let is_failed_call = grpc.is_some_and(grpc::Status::is_failure) && !self.is_moved;
+        self.has_failed || self.shielded.is_some() || status.is_server_error() || is_failed_call
     }
 
     /// Counts it once, for the version that it was decided on and by what that made of it.
@@ -500,8 +547,7 @@ impl Exchange {
         if self.shielded.is_some() {
             target.count_shielded(all, status);
         }
-        let is_failed_call = grpc.is_some_and(grpc::Status::is_failure) && !self.is_moved;
-        if self.has_failed || self.shielded.is_some() || code.is_server_error() || is_failed_call {
+        if self.is_failure(code, grpc) {
             target.count_failure();
         }
     }
@@ -526,19 +572,28 @@ impl Drop for Exchange {
                 target.tunnels().fall();
             }
         }
-        if let Some(mut entry) = self.entry.take() {
-            if let Some(grpc) = grpc {
-                entry.text("grpc_status", grpc.as_str());
-            }
-            if !self.ended {
-                let ours = self.metrics.all.has_ended();
-                entry
-                    .error
-                    .get_or_insert(if ours { CUT_OFF } else { CLIENT_GONE });
-            }
-            let body = self.request_body.as_ref().map_or(0, Progress::bytes);
-            let bytes_in = body + self.tunnel.as_ref().map_or(0, |tunnel| tunnel.bytes_in);
-            entry.end(status, duration, bytes_in, self.bytes_out, self.attempts);
+        if !self.ended {
+            let ours = self.metrics.all.has_ended();
+            let error = if ours { CUT_OFF } else { CLIENT_GONE };
+            self.error.get_or_insert(error);
+        }
+        let body = self.request_body.as_ref().map_or(0, Progress::bytes);
+        let bytes_in = body + self.tunnel.as_ref().map_or(0, |tunnel| tunnel.bytes_in);
+        let outcome = Outcome {
+            began: self.started,
+            ended: self.started + duration,
+            target: self.target.as_deref().map(TargetMetrics::labels),
+            status,
+            grpc_status: grpc.map(grpc::Status::as_str),
+            error: self.error,
+            has_failed: self.is_failure(status, grpc),
+            bytes: (bytes_in, self.bytes_out),
+        };
+        if let Some(entry) = self.entry.take() {
+            entry.end(&outcome, self.attempts);
+        }
+        if let Some(recording) = self.recording.take() {
+            recording.end(&outcome);
         }
     }
 }
@@ -547,7 +602,12 @@ impl Drop for Exchange {
 
 impl Entry {
     /// The path goes without its query, which may hold secrets, or the user's id.
-    fn begin<B>(log: &Rc<WorkerLog>, started: Instant, request: &Request<B>) -> Self {
+    fn begin<B>(
+        log: &Rc<WorkerLog>,
+        started: Instant,
+        request: &Request<B>,
+        span: Option<SpanContext>,
+    ) -> Self {
         let headers = request.headers();
         let uri = request.uri();
         let mut line = Line::begin(log, started.into_std());
@@ -555,29 +615,26 @@ impl Entry {
             "method",
             LogValue::Bytes(request.method().as_str().as_bytes()),
         );
-        let authority = uri
-            .authority()
-            .map(|authority| authority.as_str().as_bytes());
-        let host = headers.get(HOST).map(|host| host.as_bytes());
-        if let Some(host) = authority.or(host) {
-            line.field("host", LogValue::Bytes(without_userinfo(host)));
+        if let Some(host) = named_host(request) {
+            line.field("host", LogValue::Bytes(host));
         }
         line.field("path", LogValue::Bytes(uri.path().as_bytes()));
         line.field("protocol", LogValue::Text(protocol(request.version())));
         if let Some(agent) = headers.get(USER_AGENT) {
             line.field("user_agent", LogValue::Bytes(agent.as_bytes()));
         }
-        if let Some(trace) = TraceContext::of(headers) {
-            line.field(
-                "trace_id",
-                LogValue::Text(&format!("{:032x}", trace.trace_id)),
-            );
+        let named = || TraceContext::of(headers).map(|caller| caller.trace_id);
+        if let Some(trace_id) = span.map(|span| span.trace_id).or_else(named) {
+            line.field("trace_id", LogValue::Text(&format!("{trace_id:032x}")));
+        }
+        if let Some(SpanContext { span_id, .. }) = span {
+            line.field("span_id", LogValue::Text(&format!("{span_id:016x}")));
         }
         Self {
+            candidates: line.filter().candidates(uri.path()),
             line,
             endpoint: None,
             upstream: None,
-            error: None,
         }
     }
 
@@ -595,32 +652,40 @@ impl Entry {
         }
     }
 
-    fn end(
-        self,
-        status: StatusCode,
-        duration: Duration,
-        bytes_in: u64,
-        bytes_out: u64,
-        attempts: u32,
-    ) {
+    fn end(self, outcome: &Outcome<'_>, attempts: u32) {
         let Self {
             mut line,
+            candidates,
             endpoint,
             upstream,
-            error,
         } = self;
+        let duration = outcome.ended - outcome.began;
+        let target = outcome.target.as_ref();
+        let ended = Ended {
+            target: target.map(|target| (&*target.route, &*target.backend)),
+            status: outcome.status,
+            duration,
+            has_failed: outcome.has_failed,
+        };
+        if !line.filter().takes(candidates, &ended, fastrand::f64()) {
+            return line.discard();
+        }
+        if let Some(grpc) = outcome.grpc_status {
+            line.field("grpc_status", LogValue::Text(grpc));
+        }
         if let Some(endpoint) = endpoint {
             line.field("endpoint", LogValue::Text(&endpoint.authority));
             line.field("attempts", LogValue::Number(attempts.into()));
         }
-        line.field("status", LogValue::Number(status.as_u16().into()));
+        line.field("status", LogValue::Number(outcome.status.as_u16().into()));
         if let Some(upstream) = upstream {
             line.field("upstream_ms", LogValue::Milliseconds(upstream));
         }
         line.field("duration_ms", LogValue::Milliseconds(duration));
+        let (bytes_in, bytes_out) = outcome.bytes;
         line.field("bytes_in", LogValue::Number(bytes_in));
         line.field("bytes_out", LogValue::Number(bytes_out));
-        if let Some(error) = error {
+        if let Some(error) = outcome.error {
             line.field("error", LogValue::Text(error));
         }
         line.end();
@@ -629,12 +694,6 @@ impl Entry {
     fn text(&mut self, key: &'static str, value: &str) {
         self.line.field(key, LogValue::Text(value));
     }
-}
-
-/// A host without a name and password before it, which make it malformed, but are secrets all the
-/// same.
-fn without_userinfo(host: &[u8]) -> &[u8] {
-    memchr::memrchr(b'@', host).map_or(host, |at| &host[at + 1..])
 }
 
 fn protocol(version: Version) -> &'static str {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use http::header::{HOST, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::uri::{Authority, PathAndQuery};
-use http::{Method, Uri, Version};
+use http::{Method, Request, Uri, Version};
 use rustls::{ProtocolVersion, ServerConnection};
 
 use crate::config;
@@ -235,6 +235,16 @@ pub fn with_path(uri: &Uri, path: &str) -> Option<Uri> {
     let mut parts = uri.clone().into_parts();
     parts.path_and_query = Some(target.ok()?);
     Uri::from_parts(parts).ok()
+}
+
+/// The host that a request names, be it well-formed or not, for those who write down what was asked for.
+/// It goes without a name and password before it, which make it malformed, but are secrets all the same.
+pub(super) fn named_host<B>(request: &Request<B>) -> Option<&[u8]> {
+    let authority = request.uri().authority();
+    let authority = authority.map(|authority| authority.as_str().as_bytes());
+    let field = || request.headers().get(HOST).map(HeaderValue::as_bytes);
+    let host = authority.or_else(field)?;
+    Some(memchr::memrchr(b'@', host).map_or(host, |at| &host[at + 1..]))
 }
 
 /// The host that a request is for, in lower case and without port (RFC 9112 section 3.2); empty where

@@ -13,6 +13,7 @@
 //! There is one writer for each output, whatever the format: two of them would tear each other's
 //! lines. It lives on until the last line is written, also when no configuration names it any more.
 
+mod filter;
 mod line;
 mod sink;
 mod writer;
@@ -25,6 +26,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+pub use filter::{Candidates, Ended, Filter, Kind};
 pub use line::{Line, LogValue};
 use sink::Sink;
 pub use sink::Sinks;
@@ -39,7 +41,7 @@ const MOST_SPARE: usize = 256;
 const LARGEST_SPARE: usize = 4096;
 
 /// What is written, and where.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Settings {
     /// Where lines go.
     pub output: Output,
@@ -47,6 +49,19 @@ pub struct Settings {
     pub format: Format,
     /// How the user's id is written.
     pub user: UserField,
+    /// When a file is full, and what becomes of it.
+    pub rotation: Option<Rotation>,
+    /// Which lines are written.
+    pub sampling: Arc<Filter>,
+}
+
+/// When a file is full, and what becomes of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rotation {
+    /// It is full with so many bytes.
+    pub size: u64,
+    /// How many full ones are kept.
+    pub keep: u32,
 }
 
 /// Where lines go.
@@ -131,7 +146,7 @@ impl AccessLog {
     pub fn open(settings: &Settings, sinks: &Sinks) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             settings: settings.clone(),
-            sink: sinks.open(&settings.output)?,
+            sink: sinks.open(&settings.output, settings.rotation)?,
         }))
     }
 
@@ -190,7 +205,7 @@ impl WorkerLog {
         self.spare.borrow_mut().pop().unwrap_or_default()
     }
 
-    fn take_line(&self, mut line: Vec<u8>) {
+    fn take_line(&self, line: Vec<u8>) {
         let mut batch = self.batch.borrow_mut();
         batch.text.extend_from_slice(&line);
         batch.lines += 1;
@@ -199,6 +214,10 @@ impl WorkerLog {
         if is_full || !self.in_force.get() {
             self.flush();
         }
+        self.take_back(line);
+    }
+
+    fn take_back(&self, mut line: Vec<u8>) {
         let mut spare = self.spare.borrow_mut();
         if spare.len() < MOST_SPARE && line.capacity() <= LARGEST_SPARE {
             line.clear();

@@ -29,7 +29,7 @@ pub const DEFAULT_BUCKETS: [f64; 16] = [
 ];
 
 /// The label value for what there is not: the route of a request that no route takes.
-const NONE: &str = "_NONE";
+pub(crate) const NONE: &str = "_NONE";
 
 /// The registry, and the handles that outlive snapshots.
 pub struct Metrics {
@@ -347,6 +347,10 @@ const DEFINITIONS: &[Definition] = &[
         "Lines of the access log that could not be written.",
     ),
     counter(
+        "serin_spans_total",
+        "Spans by what became of them: exported, dropped (too many waited), failed (the collector is away), rejected (by it).",
+    ),
+    counter(
         "serin_drain_cut_off_total",
         "Requests and tunnels that had not ended when the process had to.",
     ),
@@ -610,6 +614,11 @@ impl fmt::Debug for Metrics {
 // === impl TargetMetrics ===
 
 impl TargetMetrics {
+    /// What it is counted under.
+    pub fn labels(&self) -> &TargetLabels {
+        &self.labels
+    }
+
     /// Counts a decision for this target.
     pub fn count_decision(&self, metrics: &Metrics, reason: Reason) {
         let labels = self.labels.with(("reason", reason.as_str()));
@@ -779,6 +788,11 @@ impl Drop for Up {
 // === impl MethodLabel ===
 
 impl MethodLabel {
+    /// As it is shown.
+    pub const fn as_str(self) -> &'static str {
+        self.0
+    }
+
     /// True for the method whose responses have no body.
     pub fn is_head(self) -> bool {
         self.0 == "HEAD"

@@ -5,7 +5,8 @@ use std::fmt;
 
 use http::header::{HeaderMap, HeaderName};
 
-const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+/// The field.
+pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// `00-<trace-id>-<parent-id>-<flags>`, in bytes; later versions may say more behind it.
 const LENGTH: usize = 55;

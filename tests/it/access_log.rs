@@ -292,3 +292,34 @@ async fn a_full_disk_costs_lines_but_no_request() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn lines_are_chosen_by_what_became_of_a_request_and_failures_have_one_in_any_case() {
+    let upstream = Upstream::start("one").await;
+    let log = "accessLog:
+  output: access.log
+  rotation: { size: 64Ki, keep: 1 }
+  sampling:
+    - { paths: [ /healthz ], ratio: 0 }
+    - { statuses: [ 404, 3xx ], ratio: 0 }
+    - { routes: [ all ], backends: [ only ], slowerThan: 1h, ratio: 0 }
+";
+    let proxy = Proxy::start(&(log.to_owned() + &single(upstream.address, "")));
+    for path in [
+        "/healthz",
+        "/status/404",
+        "/status/302",
+        "/status/503",
+        "/status/403",
+        "/a",
+    ] {
+        get(proxy.address(), path, &[]).await;
+    }
+    let lines = objects(&proxy, 3).await;
+    let mut paths: Vec<&str> = lines
+        .iter()
+        .map(|line| line["path"].as_str().unwrap())
+        .collect();
+    paths.sort_unstable();
+    assert_eq!(paths, ["/a", "/status/403", "/status/503"]);
+}

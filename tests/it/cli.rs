@@ -13,7 +13,7 @@ use crate::support::{
     Client, PATIENCE, Proxy, Raw, Upstream, eventually, get, shop, single, with_head,
 };
 
-fn serin(arguments: &[&str]) -> Command {
+pub(crate) fn serin(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_serin"));
     without_settings(command.args(arguments));
     command
@@ -31,6 +31,11 @@ pub(crate) fn serin_after(before: &str, arguments: &[&str]) -> Command {
 
 /// Takes out of the environment what the program reads of it.
 pub(crate) fn without_settings(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("OTEL_") {
+            command.env_remove(name);
+        }
+    }
     command
         .env_remove("SERIN_CONFIG")
         .env_remove("SERIN_LOG")

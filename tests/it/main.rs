@@ -35,6 +35,7 @@ mod split;
 mod support;
 mod takeover;
 mod tls;
+mod tracing;
 mod transcode;
 mod tunnels;
 mod upstream_http2;

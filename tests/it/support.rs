@@ -1,6 +1,7 @@
 //! What the tests share: a proxy in this process, upstreams, clients, and waiting for facts.
 
 pub(crate) mod client;
+pub(crate) mod collector;
 pub(crate) mod dns;
 pub(crate) mod fault;
 pub(crate) mod frames;

@@ -94,7 +94,7 @@ impl Checker<'_> {
         None
     }
 
-    fn backend_tls(
+    pub(super) fn backend_tls(
         &mut self,
         tls: &file::BackendTls,
         protocol: UpstreamProtocol,

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::ser::Formatter;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Format, UserField, WorkerLog};
+use super::{Filter, Format, UserField, WorkerLog};
 
 /// Texts of clients are cut off after so many bytes.
 const LONGEST_TEXT: usize = 4096;
@@ -95,6 +95,16 @@ impl Line {
             Format::Text => text.push(b'\n'),
         }
         log.take_line(text);
+    }
+
+    /// Which lines its log writes.
+    pub fn filter(&self) -> &Filter {
+        &self.log.settings().sampling
+    }
+
+    /// Leaves the line unwritten.
+    pub fn discard(self) {
+        self.log.take_back(self.text);
     }
 
     fn key(&mut self, key: &str) {

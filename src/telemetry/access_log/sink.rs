@@ -13,7 +13,7 @@ use tracing::warn;
 use crate::telemetry::metrics::Metrics;
 
 use super::writer::{Message, Writer};
-use super::{Batch, Output};
+use super::{Batch, Output, Rotation};
 
 /// How many batches may wait to be written: 16 MiB, two seconds and more of a busy machine.
 const QUEUE_LENGTH: usize = 256;
@@ -45,6 +45,20 @@ pub(super) struct Shared {
     pub(super) reopen: AtomicBool,
     /// Lines that were handed over and not yet written.
     pub(super) waiting: AtomicU64,
+    rotation: Mutex<Option<Rotation>>,
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn rotate(&self, rotation: Option<Rotation>) {
+        *self.rotation.lock().unwrap_or_else(PoisonError::into_inner) = rotation;
+    }
+
+    /// When the file is full, as the configuration in force has it.
+    pub(super) fn rotation(&self) -> Option<Rotation> {
+        *self.rotation.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 // === impl Sinks ===
@@ -61,14 +75,20 @@ impl Sinks {
         })
     }
 
-    pub(super) fn open(&self, output: &Output) -> io::Result<Arc<Sink>> {
+    pub(super) fn open(
+        &self,
+        output: &Output,
+        rotation: Option<Rotation>,
+    ) -> io::Result<Arc<Sink>> {
         let mut all = self.lock();
         // Lines are handed over by those who hold it, so nobody can have more for it.
         all.retain(|sink| Arc::strong_count(sink) > 1 || sink.waiting() > 0);
         if let Some(open) = all.iter().find(|sink| sink.output == *output) {
+            open.shared.rotate(rotation);
             return Ok(Arc::clone(open));
         }
         let opened = Arc::new(Sink::open(output, self.dropped.clone())?);
+        opened.shared.rotate(rotation);
         all.push(Arc::clone(&opened));
         Ok(opened)
     }

@@ -60,6 +60,8 @@ fn open(path: &Path, format: Format, sinks: &Sinks) -> Arc<AccessLog> {
         output: Output::File(path.to_owned()),
         format,
         user: UserField::Hash,
+        rotation: None,
+        sampling: Arc::default(),
     };
     AccessLog::open(&settings, sinks).unwrap()
 }
@@ -125,6 +127,67 @@ fn a_file_that_was_renamed_is_left_when_it_is_opened_anew() {
     let text = opened.written();
     assert!(text.starts_with("ts=") && text.ends_with(" path=/new\n"));
     assert!(fs::read_to_string(&old).unwrap().ends_with(" path=/old\n"));
+}
+
+/// Which paths the lines of a file are for.
+fn paths(file: &Path) -> Vec<String> {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let paths = text.lines().filter_map(|line| line.split_once(" path="));
+    paths.map(|(_, path)| path.to_owned()).collect()
+}
+
+#[test]
+fn a_full_file_makes_room_and_the_oldest_of_those_that_are_kept_is_gone() {
+    let opened = Opened::new(Format::Text);
+    let settings = Settings {
+        // Two lines do not fit.
+        rotation: Some(Rotation { size: 60, keep: 2 }),
+        ..opened.log.settings().clone()
+    };
+    let rotating = AccessLog::open(&settings, &opened.sinks).unwrap();
+    assert!(Arc::ptr_eq(&opened.log.sink, &rotating.sink));
+    let worker = WorkerLog::follow(None, Some(&rotating)).unwrap();
+    for path in ["/1", "/2", "/3", "/4"] {
+        write_line(&worker, path);
+        worker.flush();
+        assert!(opened.sinks.flush(LIMIT));
+    }
+    let file = |name| paths(&opened.directory.path().join(name));
+    assert_eq!(file("a.log"), ["/4"]);
+    assert_eq!(file("a.log.1"), ["/3"]);
+    assert_eq!(file("a.log.2"), ["/2"]);
+    assert!(!opened.directory.path().join("a.log.3").exists());
+    // Somebody else has made room meanwhile: that must not be undone.
+    fs::rename(opened.path(), opened.directory.path().join("moved")).unwrap();
+    write_line(&worker, "/5");
+    worker.flush();
+    assert!(opened.sinks.flush(LIMIT));
+    assert_eq!(
+        (file("moved"), file("a.log")),
+        (vec!["/4".into()], vec!["/5".into()])
+    );
+    assert_eq!(file("a.log.1"), ["/3"]);
+    assert!(opened.dropped(0));
+}
+
+#[test]
+fn a_full_file_that_cannot_be_moved_goes_on_growing() {
+    let opened = Opened::new(Format::Text);
+    // A directory that is not empty cannot be replaced by a file.
+    fs::create_dir_all(opened.directory.path().join("a.log.1/b")).unwrap();
+    let settings = Settings {
+        rotation: Some(Rotation { size: 60, keep: 1 }),
+        ..opened.log.settings().clone()
+    };
+    let rotating = AccessLog::open(&settings, &opened.sinks).unwrap();
+    let worker = WorkerLog::follow(None, Some(&rotating)).unwrap();
+    for path in ["/1", "/2", "/3"] {
+        write_line(&worker, path);
+        worker.flush();
+    }
+    opened.written();
+    assert_eq!(paths(&opened.path()), ["/1", "/2", "/3"]);
+    assert!(opened.dropped(0));
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt};
-use std::path::Path;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use tracing::{info, warn};
 
 use super::sink::Shared;
-use super::{Batch, Output};
+use super::{Batch, Output, Rotation};
 
 /// What the writer is told.
 pub(super) enum Message {
@@ -36,6 +36,8 @@ pub(super) struct Writer {
     failing: bool,
     /// The file ends within a line.
     torn: bool,
+    /// It is full and cannot be rotated.
+    growing: bool,
 }
 
 // === impl Writer ===
@@ -50,6 +52,7 @@ impl Writer {
             dropped,
             failing: false,
             torn,
+            growing: false,
         })
     }
 
@@ -78,6 +81,7 @@ impl Writer {
         match open(output) {
             Ok((file, torn)) => {
                 (self.file, self.torn) = (file, torn);
+                self.growing = false;
                 info!(%output, "access log opened anew");
             }
             Err(error) => warn!(
@@ -88,6 +92,13 @@ impl Writer {
     }
 
     fn write(&mut self, batch: &Batch) {
+        if let (Output::File(path), Some(rotation)) = (&self.output, self.shared.rotation()) {
+            match rotate(path, &self.file, rotation, batch.text.len() as u64) {
+                Ok(Rotated::Yes) => self.open_anew(),
+                Ok(Rotated::No) => {}
+                Err(error) => self.grows(&error),
+            }
+        }
         let mut rest = &batch.text[..];
         match self.write_all(&mut rest) {
             Ok(()) if self.failing => {
@@ -104,6 +115,14 @@ impl Writer {
                     warn!(%output, %error, "access log lines cannot be written and are dropped");
                 }
             }
+        }
+    }
+
+    /// The file cannot be rotated; said once, and not with every batch.
+    fn grows(&mut self, error: &io::Error) {
+        if !std::mem::replace(&mut self.growing, true) {
+            let output = &self.output;
+            warn!(%output, %error, "a full access log cannot be rotated, and grows");
         }
     }
 
@@ -131,6 +150,42 @@ impl Writer {
         }
         Ok(())
     }
+}
+
+/// What has become of a file of lines.
+enum Rotated {
+    /// Another one is at its place, or none.
+    Yes,
+    /// It is still there.
+    No,
+}
+
+/// Moves a file out of the way in which there is no room for so many more bytes, and those that were moved
+/// before; the oldest is gone. Where somebody else has done so, a process that takes over for instance,
+/// there is nothing to do.
+fn rotate(path: &Path, file: &File, rotation: Rotation, more: u64) -> io::Result<Rotated> {
+    let now = file.metadata()?;
+    if now.len() == 0 || now.len() + more <= rotation.size || !now.is_file() {
+        return Ok(Rotated::No);
+    }
+    let is_there = std::fs::metadata(path)
+        .is_ok_and(|there| (there.dev(), there.ino()) == (now.dev(), now.ino()));
+    if is_there {
+        for number in (1..rotation.keep).rev() {
+            match std::fs::rename(numbered(path, number), numbered(path, number + 1)) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        std::fs::rename(path, numbered(path, 1))?;
+    }
+    Ok(Rotated::Yes)
+}
+
+fn numbered(path: &Path, number: u32) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{number}"));
+    name.into()
 }
 
 /// Opens an output, and tells whether it ends within a line: a crash or a full disk may have cut one.
