@@ -926,12 +926,10 @@ fn forget(metrics: &Metrics, before: &Config, after: &Config) {
     }
     let still: HashSet<(&str, &str)> = weights(after).collect();
     for (route, backend) in weights(before).filter(|pair| !still.contains(pair)) {
-        metrics
-            .gauge(
-                "serin_backend_weight",
-                &[("route", route), ("backend", backend)],
-            )
-            .set(0.0);
+        let labels = [("route", route), ("backend", backend)];
+        for name in ["serin_backend_weight", "serin_baseline_info"] {
+            metrics.gauge(name, &labels).set(0.0);
+        }
     }
 }
 

@@ -397,10 +397,13 @@ fn compile_route(
         })
         .collect();
     let weights = weights(route, &targets, sources.weights);
-    for (target, weight) in targets.iter().zip(&weights) {
+    for (position, (target, weight)) in targets.iter().zip(&weights).enumerate() {
         let labels = [("route", &*route.name), ("backend", &target.backend.name)];
         let gauge = metrics.gauge("serin_backend_weight", &labels);
         gauge.set(f64::from(*weight));
+        let is_baseline = u8::from(position == BASELINE);
+        let gauge = metrics.gauge("serin_baseline_info", &labels);
+        gauge.set(f64::from(is_baseline));
     }
     let gray = compile_gray(route, &targets, &weights, sources.lists);
     Route {

@@ -529,7 +529,13 @@ impl Exchange {
     }
 
     /// Counts it once, for the version that it was decided on and by what that made of it.
-    fn count(&self, status: StatusCode, grpc: Option<grpc::Status>, duration: Duration) {
+    fn count(
+        &self,
+        status: StatusCode,
+        grpc: Option<grpc::Status>,
+        duration: Duration,
+        bytes: (u64, u64),
+    ) {
         let WorkerMetrics { all, worker } = &*self.metrics;
         let target = self.target.as_ref().unwrap_or(all.unrouted());
         let (code, grpc, duration) = match &self.shielded {
@@ -541,6 +547,7 @@ impl Exchange {
             ),
         };
         target.count_request(all, *worker, self.method, code, self.protocol, duration);
+        target.count_bytes(bytes);
         if let Some(grpc) = grpc {
             target.count_grpc(all, grpc.as_str());
         }
@@ -562,7 +569,10 @@ impl Drop for Exchange {
         }
         let duration = self.started.elapsed();
         let grpc = self.grpc_status(status);
-        self.count(status, grpc, duration);
+        let body = self.request_body.as_ref().map_or(0, Progress::bytes);
+        let bytes_in = body + self.tunnel.as_ref().map_or(0, |tunnel| tunnel.bytes_in);
+        let bytes = (bytes_in, self.bytes_out);
+        self.count(status, grpc, duration, bytes);
         if self.tunnel.is_none() {
             self.metrics.all.in_flight().fall();
         }
@@ -577,8 +587,6 @@ impl Drop for Exchange {
             let error = if ours { CUT_OFF } else { CLIENT_GONE };
             self.error.get_or_insert(error);
         }
-        let body = self.request_body.as_ref().map_or(0, Progress::bytes);
-        let bytes_in = body + self.tunnel.as_ref().map_or(0, |tunnel| tunnel.bytes_in);
         let outcome = Outcome {
             began: self.started,
             ended: self.started + duration,
@@ -587,7 +595,7 @@ impl Drop for Exchange {
             grpc_status: grpc.map(grpc::Status::as_str),
             error: self.error,
             has_failed: self.is_failure(status, grpc),
-            bytes: (bytes_in, self.bytes_out),
+            bytes,
         };
         if let Some(entry) = self.entry.take() {
             entry.end(&outcome, self.attempts);

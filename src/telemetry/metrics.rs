@@ -81,6 +81,8 @@ pub struct TargetMetrics {
     upstream_errors: Family<&'static str>,
     grpc_responses: Family<&'static str>,
     failures: Counter,
+    request_bytes: Counter,
+    response_bytes: Counter,
     retries: Family<&'static str>,
     shielded: Family<StatusCode>,
     failovers: Family<&'static str>,
@@ -165,6 +167,14 @@ const DEFINITIONS: &[Definition] = &[
         "Requests that failed by the version's fault: 5xx, a gRPC status of that kind, or no whole response.",
     ),
     counter(
+        "serin_request_bytes_total",
+        "Bytes of request bodies that clients have sent, and through tunnels.",
+    ),
+    counter(
+        "serin_response_bytes_total",
+        "Bytes of response bodies that clients were sent, and through tunnels.",
+    ),
+    counter(
         "serin_grpc_responses_total",
         "Calls of gRPC answered, by the number of their status.",
     ),
@@ -246,6 +256,11 @@ const DEFINITIONS: &[Definition] = &[
         "serin_backend_weight",
         None,
         "Weight of a backend on a route that is in force.",
+    ),
+    gauge(
+        "serin_baseline_info",
+        None,
+        "1 for the backend of a route that is its baseline, 0 for the others.",
     ),
     gauge(
         "serin_route_weights_set",
@@ -563,6 +578,8 @@ impl Metrics {
             grpc_responses: Family::default(),
             // There from the start: an increase from nothing is invisible to Prometheus.
             failures: self.counter("serin_request_failures_total", &labels.pairs()),
+            request_bytes: self.counter("serin_request_bytes_total", &labels.pairs()),
+            response_bytes: self.counter("serin_response_bytes_total", &labels.pairs()),
             retries: Family::default(),
             shielded: Family::default(),
             failovers: Family::default(),
@@ -653,6 +670,18 @@ impl TargetMetrics {
             })
             .increment(1);
         self.latencies.request.record(worker, duration);
+    }
+
+    /// Counts the bytes of a finished request's bodies.
+    pub fn count_bytes(&self, (from_client, to_client): (u64, u64)) {
+        for (counter, bytes) in [
+            (&self.request_bytes, from_client),
+            (&self.response_bytes, to_client),
+        ] {
+            if bytes > 0 {
+                counter.increment(bytes);
+            }
+        }
     }
 
     /// Counts the time until the head of a response stood.

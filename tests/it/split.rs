@@ -436,3 +436,50 @@ async fn one_long_connection_is_split_request_by_request() {
     .await;
     assert!(stable.requests() > 50 && canary.requests() > 50);
 }
+
+#[tokio::test]
+async fn the_baseline_is_told_from_other_versions_and_bytes_are_counted_by_version() {
+    let (stable, canary) = pair().await;
+    let config = {
+        shop(
+            stable.address,
+            canary.address,
+            (1, 0),
+            "    gray:
+      rules: [ { name: qa, header: { name: x-qa, value: '1' }, backend: shop-canary } ]
+",
+        )
+    };
+    let proxy = Proxy::start(&config);
+    let mut client = Client::connect(proxy.address()).await;
+    let headers = [("x-qa", "1")];
+    let sent = client.send(http::Method::POST, "/echo", &headers, "hello");
+    assert_eq!(sent.await.unwrap().text(), "hello");
+    client.get("/bytes/1000", &[]).await;
+    for (backend, is_baseline, from_client, to_client) in [
+        ("shop-stable", 1.0, 0.0, 1000.0),
+        ("shop-canary", 0.0, 5.0, 5.0),
+    ] {
+        let labels = [("route", "shop"), ("backend", backend)];
+        let value = |name| proxy.metric(name, &labels);
+        eventually("they are counted", || {
+            value("serin_response_bytes_total") == to_client
+        })
+        .await;
+        assert_eq!(value("serin_request_bytes_total"), from_client, "{backend}");
+        assert_eq!(value("serin_baseline_info"), is_baseline, "{backend}");
+    }
+    // The canary has become the stable version.
+    let other = config.replace(
+        "name: shop-stable, weight: 1",
+        "name: shop-canary, weight: 1",
+    );
+    proxy
+        .replace(&other.replace("      - { name: shop-canary, weight: 0 }\n", ""))
+        .await;
+    let is_baseline = |backend| proxy.metric("serin_baseline_info", &[("backend", backend)]);
+    assert_eq!(
+        (is_baseline("shop-stable"), is_baseline("shop-canary")),
+        (0.0, 1.0)
+    );
+}
