@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::history::rollback::Which;
 use crate::url::Url;
 
 /// A traffic proxy for canary and gray releases.
@@ -38,6 +39,12 @@ pub enum Command {
     Explain(Explain),
     /// Print the JSON Schema of the configuration file.
     Schema,
+    /// List the revisions of the configuration file that were in force, the latest first, and what each has
+    /// changed. A star marks what the file says now.
+    History(History),
+    /// Make the configuration file say again what it said before. A proxy that serves with it follows, as it
+    /// follows an editor. Exits 1, and changes nothing, when the revision cannot be used any more.
+    Rollback(Rollback),
     /// Ask a running proxy whether it is ready. Exits 0 when it is, and 1 when not.
     Healthcheck(Healthcheck),
     /// Run everything on this machine: two versions of a service, the proxy, some clients, and a
@@ -105,6 +112,47 @@ pub struct Explain {
     /// Print JSON, as the admin API does.
     #[arg(long)]
     pub json: bool,
+}
+
+/// A configuration file, and where its revisions are kept.
+#[derive(Clone, Debug, Args)]
+pub struct Revisions {
+    /// The configuration file.
+    #[arg(long, short, env = "SERIN_CONFIG", value_name = "FILE")]
+    pub config: PathBuf,
+
+    /// Where revisions are kept (default: `history.directory` of the file).
+    #[arg(long, value_name = "DIRECTORY")]
+    pub directory: Option<PathBuf>,
+}
+
+/// List the revisions of the configuration file.
+#[derive(Debug, Args)]
+pub struct History {
+    /// Of which file.
+    #[command(flatten)]
+    pub of: Revisions,
+
+    /// Print what one revision says: its number, or the beginning of its hash.
+    #[arg(long, value_name = "REVISION")]
+    pub show: Option<Which>,
+}
+
+/// Make the configuration file say again what it said before.
+#[derive(Debug, Args)]
+pub struct Rollback {
+    /// Of which file.
+    #[command(flatten)]
+    pub of: Revisions,
+
+    /// Which revision: its number, or the beginning of its hash (default: the latest that says something else
+    /// than the file, so that a second rollback undoes the first).
+    #[arg(long, value_name = "REVISION")]
+    pub to: Option<Which>,
+
+    /// Only print what would change.
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// Ask a running proxy whether it is ready.

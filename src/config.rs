@@ -32,6 +32,7 @@ use crate::backend::{
 };
 use crate::discovery::{self, Locator};
 use crate::filter::Filters;
+use crate::history;
 use crate::limit::overload::{Overload, Priority};
 use crate::limit::rate;
 use crate::routing::gray::WithoutIdentity;
@@ -63,6 +64,8 @@ pub struct Config {
     pub shutdown: Shutdown,
     /// Where weights that are set at run time outlive the process.
     pub state_file: Option<PathBuf>,
+    /// Where the file's revisions are kept.
+    pub history: Option<history::Settings>,
     /// How many requests are served at a time.
     pub overload: Overload,
     /// Upper bounds of the latency histograms in seconds.

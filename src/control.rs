@@ -25,6 +25,7 @@ use crate::config::load::{Loaded, LoadedList};
 use crate::config::{Config, ListSource, Problem, Problems, Workers};
 use crate::discovery::job::Wanted;
 use crate::discovery::{DnsName, Names, Resolution};
+use crate::history::Recorder;
 use crate::routing::UserList;
 use crate::server::acceptor::Acceptor;
 use crate::server::sockets::Sockets;
@@ -153,6 +154,7 @@ pub struct Control {
     access_log: Option<Arc<AccessLog>>,
     tracer: Option<Arc<Tracer>>,
     exporters: Arc<Exporters>,
+    history: Recorder,
     sinks: Arc<Sinks>,
     /// What the process started with and cannot change.
     fixed: Fixed,
@@ -273,6 +275,7 @@ impl Control {
                 sinks,
                 tracer,
                 exporters,
+                history: Recorder::default(),
                 fixed,
                 board,
                 weights,
@@ -322,6 +325,7 @@ impl Control {
         phase: watch::Receiver<Phase>,
     ) {
         self.phases = phase;
+        self.record();
         while let Some(change) = self.next(&mut changes).await {
             match change {
                 Change::Config {
@@ -471,9 +475,16 @@ impl Control {
                 .stale_endpoints
                 .retain(|path, _| same_endpoints(before, &status.loaded, path));
         });
+        self.record();
         self.follow_state_file(&status.loaded.config, are_weights_less)
             .await;
         Ok(revision)
+    }
+
+    /// Keeps what the file in force says.
+    fn record(&mut self) {
+        let status = self.board.load();
+        self.history.record(&status.loaded, status.taken_over_at);
     }
 
     fn has_refused(&self, problems: &Problems) -> bool {

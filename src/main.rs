@@ -17,6 +17,7 @@ use serin::demo::{self, Screen};
 use serin::descriptors;
 use serin::explain::{Question, explain};
 use serin::healthcheck;
+use serin::history::rollback::{Failure, History};
 use serin::server::sockets::Given;
 use serin::snapshot::Snapshot;
 use serin::systemd;
@@ -48,6 +49,8 @@ fn main() -> ExitCode {
         Command::Check(check) => run_check(&check),
         Command::Explain(question) => run_explain(&question),
         Command::Schema => print(&json_schema()),
+        Command::History(options) => run_history(&options).unwrap_or_else(|code| code),
+        Command::Rollback(options) => run_rollback(&options).unwrap_or_else(|code| code),
         Command::Healthcheck(check) => run_healthcheck(&check),
         Command::Demo(options) => run_demo(&options),
     };
@@ -279,6 +282,44 @@ fn run_healthcheck(check: &cli::Healthcheck) -> ExitCode {
     match healthcheck::ask(&check.url, check.timeout) {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => fail(INVALID, &format!("unhealthy: {reason}")),
+    }
+}
+
+fn history_of(revisions: &cli::Revisions) -> Result<History, ExitCode> {
+    History::of(&revisions.config, revisions.directory.as_deref()).map_err(failed)
+}
+
+fn run_history(options: &cli::History) -> Result<ExitCode, ExitCode> {
+    let history = history_of(&options.of)?;
+    Ok(match &options.show {
+        Some(which) => print(&history.show(which).map_err(failed)?),
+        None => print(&history.to_string()),
+    })
+}
+
+fn run_rollback(options: &cli::Rollback) -> Result<ExitCode, ExitCode> {
+    let history = history_of(&options.of)?;
+    let rollback = history.back(options.to.as_ref()).map_err(failed)?;
+    let file = options.of.config.display();
+    let revision = rollback.revision();
+    if rollback.is_there() {
+        return Ok(print(&format!(
+            "{file}: says what {revision} says already\n"
+        )));
+    }
+    let diff = rollback.diff();
+    if options.dry_run {
+        return Ok(print(&diff));
+    }
+    rollback.put_back().map_err(failed)?;
+    Ok(print(&format!("{diff}{file}: back to {revision}\n")))
+}
+
+fn failed(failure: Failure) -> ExitCode {
+    match failure {
+        Failure::Unreadable(reason) => fail(USAGE, &format!("error: {reason}")),
+        Failure::Refused(reason) => fail(INVALID, &format!("error: {reason}")),
+        Failure::Problems(problems) => fail_with(&problems),
     }
 }
 

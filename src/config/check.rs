@@ -129,6 +129,7 @@ impl Checker<'_> {
         let max_connections = self.max_connections(&file.connections, &root.key("connections"));
         let shutdown = self.shutdown(&file.shutdown, &root.key("shutdown"));
         let state_file = self.state_file(file.state_file.as_deref(), &root.key("stateFile"));
+        let history = self.history(file.history.as_ref(), &root.key("history"));
         let duration_buckets = self.buckets(file.telemetry.duration_buckets.as_deref(), &root);
         let dns = self.dns(&file.dns, &root.key("dns"));
 
@@ -199,6 +200,7 @@ impl Checker<'_> {
             max_connections: max_connections?,
             shutdown: shutdown?,
             state_file: state_file?,
+            history: history?,
             overload: Overload {
                 in_flight: limit::in_flight(&file.overload),
             },

@@ -74,6 +74,9 @@ pub struct ConfigFile {
     /// The file in which weights that are set through the admin API outlive the process (default: they do not).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state_file: Option<String>,
+    /// Where the revisions of this file are kept that were in force (default: nowhere).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<History>,
     /// How many requests are served at a time.
     #[serde(default)]
     pub overload: Overload,
@@ -140,6 +143,18 @@ pub enum Workers {
     Auto,
     /// This many.
     Exactly(u16),
+}
+
+/// Where the revisions of this file are kept that were in force.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct History {
+    /// A directory, relative to this file; it is made if it is not there.
+    pub directory: String,
+    /// How many; the oldest are deleted (default 20).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub keep: Option<u32>,
 }
 
 /// How many clients may be connected.

@@ -14,6 +14,7 @@ use crate::routing::UserList;
 use crate::routing::user_list::{Pause, no_text};
 use crate::telemetry::access_log::Output;
 use crate::tls;
+use crate::whole_file::beside;
 
 use super::check::{Checked, Surroundings, check};
 use super::decode::decode;
@@ -284,6 +285,11 @@ pub fn generation_directory(path: &FilePath) -> PathBuf {
     }
 }
 
+/// What a text says as far as it can be understood, whatever is wrong with the rest.
+pub(crate) fn shape_of(text: &str) -> Option<ConfigFile> {
+    decode(&mut Node::parse(text).ok()?).0
+}
+
 /// True for a file that is swapped with the others of a Kubernetes volume. One that stands beside
 /// them is not read again with a swap, so that a generation it were tied to would be gone soon.
 fn is_in_generation(path: &FilePath) -> bool {
@@ -291,7 +297,7 @@ fn is_in_generation(path: &FilePath) -> bool {
 }
 
 /// The directory that a file is in.
-fn home(path: &FilePath) -> &FilePath {
+pub(crate) fn home(path: &FilePath) -> &FilePath {
     match path.parent() {
         Some(parent) if parent != FilePath::new("") => parent,
         _ => FilePath::new("."),
@@ -337,13 +343,6 @@ impl From<&fs::Metadata> for Stamp {
             changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
     }
-}
-
-/// Where the next content of a state file is, until it is whole.
-pub fn beside(path: &FilePath) -> PathBuf {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".new");
-    beside.into()
 }
 
 /// The files that a configuration names and consists of.

@@ -4,15 +4,14 @@
 //! disk likes, so it happens on a thread that nobody else waits for.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::load::beside;
+use crate::whole_file;
 
 use super::{RuntimeWeights, SetWeights, Weights};
 
@@ -124,30 +123,8 @@ impl Unwritten {
         // Else the link would be replaced, and not what it leads to.
         let path = fs::canonicalize(&self.path).unwrap_or(self.path);
         read(&path).map_err(|reason| format!("what is there {reason}"))?;
-        replace(&path, self.text.as_bytes()).map_err(|error| error.to_string())
+        whole_file::replace(&path, self.text.as_bytes(), 0o600).map_err(|error| error.to_string())
     }
-}
-
-/// Replaces a file whole, so that whoever reads it finds the old content or the new one, also after the power
-/// was cut.
-fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let beside = beside(path);
-    match fs::remove_file(&beside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&beside)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    fs::rename(&beside, path)?;
-    let directory = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty());
-    File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 #[cfg(test)]
@@ -156,6 +133,7 @@ mod tests {
     use std::time::{Duration, SystemTime};
 
     use super::*;
+    use crate::whole_file::beside;
 
     fn weights() -> RuntimeWeights {
         let weights =

@@ -312,6 +312,7 @@ fn nothing_that_measures_reads_the_time_of_day() {
             "hands on when names were asked for",
         ),
         ("src/control/weights.rs", "notes when weights were set"),
+        ("src/history.rs", "notes when a file was taken over"),
         ("src/weights.rs", "says when weights were set"),
         ("src/weights/state.rs", "writes when weights were set"),
         ("src/telemetry/access_log.rs", "writes times"),

@@ -21,6 +21,7 @@ mod forwarding;
 mod fuzz;
 mod grpc;
 mod headers;
+mod history;
 mod http2;
 mod http2_frames;
 mod limits;

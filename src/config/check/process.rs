@@ -2,11 +2,15 @@
 
 use std::time::Duration;
 
+use crate::history;
+
 use super::super::document::Path;
 use super::super::{Shutdown, file};
 use super::Checker;
 
 const TIMEOUT: Duration = Duration::from_secs(25);
+/// How many revisions of the file are kept.
+const KEPT_REVISIONS: usize = 20;
 const LAME_DUCK: Duration = Duration::from_secs(5);
 
 impl Checker<'_> {
@@ -45,5 +49,27 @@ impl Checker<'_> {
             timeout,
             lame_duck: given,
         })
+    }
+
+    pub(super) fn history(
+        &mut self,
+        history: Option<&file::History>,
+        at: &Path,
+    ) -> Option<Option<history::Settings>> {
+        let Some(history) = history else {
+            return Some(None);
+        };
+        let home = self.around.home;
+        let directory_at = at.key("directory");
+        let directory = self.parse(&history.directory, &directory_at, |text| match text {
+            "" => Err("is not the name of a directory".to_owned()),
+            text => Ok(home.join(text)),
+        });
+        let keep = history.keep.map(|keep| file::Size(keep.into()));
+        let keep = self.size(keep, 1..=1000, &at.key("keep"));
+        Some(Some(history::Settings {
+            directory: directory?,
+            keep: keep?.map_or(KEPT_REVISIONS, |keep| keep as usize),
+        }))
     }
 }

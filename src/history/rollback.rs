@@ -1,0 +1,323 @@
+//! `serin history` and `serin rollback`: what the configuration file said before, and how it says that again.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use similar::{ChangeTag, TextDiff};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::config::Problems;
+use crate::config::file::ConfigFile;
+use crate::config::load::{generation_directory, home, load, load_list, shape_of};
+use crate::whole_file;
+
+use super::{Revision, revisions};
+
+/// A configuration file, and the revisions of it that are kept.
+#[derive(Debug)]
+pub struct History {
+    /// The file.
+    file: PathBuf,
+    /// What it says now.
+    text: String,
+    /// The latest first.
+    revisions: Vec<Revision>,
+}
+
+/// Which revision is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// By its place in the list, from 1.
+    Number(usize),
+    /// By its hash, or the beginning of that.
+    Hash(String),
+}
+
+/// A revision that can be put back.
+#[derive(Debug)]
+pub struct Rollback<'h> {
+    history: &'h History,
+    revision: &'h Revision,
+    text: String,
+}
+
+/// Why there is nothing to show, or to put back.
+#[derive(Debug)]
+pub enum Failure {
+    /// A file or directory cannot be read or written.
+    Unreadable(String),
+    /// What is asked for is not there, or not possible.
+    Refused(String),
+    /// The revision cannot be used any more.
+    Problems(Problems),
+}
+
+/// The fewest digits of a hash that name a revision: numbers have fewer.
+const LEAST_DIGITS: usize = 6;
+
+/// How many unchanged lines are shown around those that change.
+const CONTEXT: usize = 3;
+
+// === impl History ===
+
+impl History {
+    /// Reads the file, and which revisions there are: in `directory`, or where the file says, even if it cannot be
+    /// used otherwise.
+    ///
+    /// # Errors
+    ///
+    /// A file or directory that cannot be read, or a file that says nothing of revisions.
+    pub fn of(file: &Path, directory: Option<&Path>) -> Result<Self, Failure> {
+        let text = fs::read_to_string(file).map_err(|error| unreadable(file, &error))?;
+        let directory = match directory {
+            Some(directory) => directory.to_owned(),
+            None => directory_of(file, &text).ok_or_else(|| {
+                let file = file.display();
+                Failure::Refused(format!(
+                    "{file} does not say where revisions are kept (`history.directory`); name the directory with --directory"
+                ))
+            })?,
+        };
+        let revisions = revisions(&directory).map_err(|error| unreadable(&directory, &error))?;
+        Ok(Self {
+            file: file.to_owned(),
+            text,
+            revisions,
+        })
+    }
+
+    /// What one revision says.
+    ///
+    /// # Errors
+    ///
+    /// A revision that is not there, or cannot be read.
+    pub fn show(&self, which: &Which) -> Result<String, Failure> {
+        read(self.find(which)?)
+    }
+
+    /// The revision to put back: the one that is meant, or else the latest that says something else than the file.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it cannot be read.
+    pub fn back(&self, to: Option<&Which>) -> Result<Rollback<'_>, Failure> {
+        let now = xxh3_64(self.text.as_bytes());
+        let revision = match to {
+            Some(which) => self.find(which)?,
+            None => {
+                let mut others = self.revisions.iter();
+                let other = others.find(|revision| revision.hash != now);
+                other.ok_or_else(|| {
+                    Failure::Refused("there is no revision that says something else".to_owned())
+                })?
+            }
+        };
+        Ok(Rollback {
+            history: self,
+            revision,
+            text: read(revision)?,
+        })
+    }
+
+    fn find(&self, which: &Which) -> Result<&Revision, Failure> {
+        let mut all = self.revisions.iter();
+        let found = match which {
+            Which::Number(number) => number.checked_sub(1).and_then(|at| all.nth(at)),
+            Which::Hash(hash) => all.find(|one| format!("{:016x}", one.hash).starts_with(&**hash)),
+        };
+        found.ok_or_else(|| {
+            let count = self.revisions.len();
+            Failure::Refused(format!("there is no revision {which}; {count} are kept"))
+        })
+    }
+}
+
+/// A line for each revision: its number, when it was taken over, its hash, and what it has changed.
+impl fmt::Display for History {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let now = xxh3_64(self.text.as_bytes());
+        if self.revisions.is_empty() {
+            return writeln!(f, "no revision is kept yet");
+        }
+        // A revision that cannot be read shows no changes.
+        let texts: Vec<_> = self.revisions.iter().map(|one| read(one).ok()).collect();
+        for (position, revision) in self.revisions.iter().enumerate() {
+            let before = texts.get(position + 1).and_then(Option::as_deref);
+            let changes = match (before, &texts[position]) {
+                (Some(before), Some(after)) => changes(before, after),
+                _ => String::new(),
+            };
+            let mark = if revision.hash == now { '*' } else { ' ' };
+            let line = format!("{mark} {:>3}  {revision}  {changes}", position + 1);
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        if self.revisions.iter().all(|revision| revision.hash != now) {
+            writeln!(
+                f,
+                "The file says something that was never taken over, or is too old."
+            )?;
+        }
+        Ok(())
+    }
+}
+
+// === impl Rollback ===
+
+impl Rollback<'_> {
+    /// What the file would say differently, as a unified diff.
+    pub fn diff(&self) -> String {
+        let file = self.history.file.display().to_string();
+        let diff = TextDiff::from_lines(&*self.history.text, &*self.text);
+        diff.unified_diff()
+            .context_radius(CONTEXT)
+            .header(&file, &self.revision.to_string())
+            .to_string()
+    }
+
+    /// Makes the file say what the revision says, if that can still be used. Whoever serves with the file follows it
+    /// as it follows an editor.
+    ///
+    /// # Errors
+    ///
+    /// The revision cannot be used any more, or the file cannot be written; then nothing has changed.
+    pub fn put_back(&self) -> Result<(), Failure> {
+        let file = &self.history.file;
+        if generation_directory(file) != home(file) {
+            return Err(Failure::Refused(format!(
+                "{} is in a volume that Kubernetes writes: put the revision back where the ConfigMap comes from; \
+                 `serin history --show` prints it",
+                file.display()
+            )));
+        }
+        // What a link leads to, and not the link.
+        let real = fs::canonicalize(file).map_err(|error| unreadable(file, &error))?;
+        let mode = fs::metadata(&real).map_or(0o644, |metadata| metadata.permissions().mode());
+        let cannot = |error: io::Error| {
+            Failure::Unreadable(format!("{} cannot be written: {error}", file.display()))
+        };
+        // Where names of other files lead is known only beside the file.
+        let trial = tried(file);
+        whole_file::replace(&trial, self.text.as_bytes(), mode & 0o777).map_err(cannot)?;
+        let checked = load(&trial, &mut load_list).map_err(Failure::Problems);
+        let put = checked.and_then(|_| {
+            whole_file::replace(&real, self.text.as_bytes(), mode & 0o777).map_err(cannot)
+        });
+        // If it stays, it is in nobody's way.
+        let _ = fs::remove_file(&trial);
+        put
+    }
+
+    /// Which revision it is.
+    pub fn revision(&self) -> &Revision {
+        self.revision
+    }
+
+    /// True when the file says that already.
+    pub fn is_there(&self) -> bool {
+        self.history.text == self.text
+    }
+}
+
+// === impl Which ===
+
+impl std::str::FromStr for Which {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.to_ascii_lowercase();
+        let is_hash = text.len() >= LEAST_DIGITS && text.bytes().all(|it| it.is_ascii_hexdigit());
+        match text.parse() {
+            _ if is_hash => Ok(Self::Hash(text)),
+            Ok(number @ 1..) => Ok(Self::Number(number)),
+            _ => Err(format!(
+                "is neither a number from 1 nor the first {LEAST_DIGITS} digits of a hash"
+            )),
+        }
+    }
+}
+
+impl fmt::Display for Which {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Hash(hash) => hash.fmt(f),
+        }
+    }
+}
+
+// === impl Failure ===
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreadable(reason) | Self::Refused(reason) => f.write_str(reason),
+            Self::Problems(problems) => problems.fmt(f),
+        }
+    }
+}
+
+/// What one text has changed of the one before: weights by name, everything else by the number of lines.
+fn changes(before: &str, after: &str) -> String {
+    let (old, new) = (weights(before), weights(after));
+    let moved = new.iter().filter_map(|(route, backend, weight)| {
+        let was = old
+            .iter()
+            .find(|one| (&one.0, &one.1) == (route, backend))?
+            .2;
+        (was != *weight).then(|| format!("{route}: {backend} {was} -> {weight}"))
+    });
+    let moved: Vec<String> = moved.collect();
+    let diff = TextDiff::from_lines(before, after);
+    let count = |tag| {
+        diff.iter_all_changes()
+            .filter(|change| change.tag() == tag)
+            .count()
+    };
+    let lines = format!(
+        "+{} -{}",
+        count(ChangeTag::Insert),
+        count(ChangeTag::Delete)
+    );
+    match &moved[..] {
+        [] => lines,
+        moved => format!("{lines}  {}", moved.join(", ")),
+    }
+}
+
+/// The weights that a text gives, whatever else is wrong with it.
+fn weights(text: &str) -> Vec<(String, String, u32)> {
+    let routes = shape_of(text).map(|file: ConfigFile| file.routes);
+    let routes = routes.unwrap_or_default().into_iter();
+    let weights = routes.flat_map(|route| {
+        let name = route.name;
+        let backends = route.backend_refs.into_iter();
+        backends.map(move |backend| (name.clone(), backend.name, backend.weight))
+    });
+    weights.collect()
+}
+
+/// Where a file says that its revisions are kept.
+fn directory_of(file: &Path, text: &str) -> Option<PathBuf> {
+    let history = shape_of(text)?.history?;
+    Some(home(file).join(history.directory))
+}
+
+/// Where a revision is tried, beside the file.
+fn tried(file: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".");
+    name.push(file.file_name().unwrap_or_default());
+    name.push(".rollback");
+    home(file).join(name)
+}
+
+fn read(revision: &Revision) -> Result<String, Failure> {
+    let path = &revision.path;
+    fs::read_to_string(path).map_err(|error| unreadable(path, &error))
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> Failure {
+    Failure::Unreadable(format!("{}: {error}", path.display()))
+}
