@@ -39,6 +39,9 @@ pub enum Command {
     Explain(Explain),
     /// Print the JSON Schema of the configuration file.
     Schema,
+    /// Translate the configuration of another proxy into one of Serin's.
+    #[command(subcommand)]
+    Import(Import),
     /// List the revisions of the configuration file that were in force, the latest first, and what each has
     /// changed. A star marks what the file says now.
     History(History),
@@ -112,6 +115,18 @@ pub struct Explain {
     /// Print JSON, as the admin API does.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Translate the configuration of another proxy into one of Serin's.
+#[derive(Debug, Subcommand)]
+pub enum Import {
+    /// Print a configuration for the Ingresses of ingress-nginx in a file of manifests, with their canaries; on
+    /// standard error, what it leaves out. With the Services in the file as well, ports by name are known.
+    IngressNginx {
+        /// The manifests, as `kubectl get ingress,service -o yaml` prints them; `-` for standard input.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
 }
 
 /// A configuration file, and where its revisions are kept.

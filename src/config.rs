@@ -340,4 +340,4 @@ pub struct Rule {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

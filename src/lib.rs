@@ -36,6 +36,7 @@ pub mod filter;
 pub mod health;
 pub mod healthcheck;
 pub mod history;
+pub mod import;
 pub mod limit;
 pub mod proxy;
 pub mod proxy_protocol;

@@ -18,6 +18,7 @@ use serin::descriptors;
 use serin::explain::{Question, explain};
 use serin::healthcheck;
 use serin::history::rollback::{Failure, History};
+use serin::import;
 use serin::server::sockets::Given;
 use serin::snapshot::Snapshot;
 use serin::systemd;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         Command::Check(check) => run_check(&check),
         Command::Explain(question) => run_explain(&question),
         Command::Schema => print(&json_schema()),
+        Command::Import(cli::Import::IngressNginx { file }) => run_import(&file),
         Command::History(options) => run_history(&options).unwrap_or_else(|code| code),
         Command::Rollback(options) => run_rollback(&options).unwrap_or_else(|code| code),
         Command::Healthcheck(check) => run_healthcheck(&check),
@@ -285,6 +287,26 @@ fn run_healthcheck(check: &cli::Healthcheck) -> ExitCode {
     }
 }
 
+fn run_import(file: &Path) -> ExitCode {
+    let text = match file.to_str() {
+        Some("-") => std::io::read_to_string(std::io::stdin()),
+        _ => std::fs::read_to_string(file),
+    };
+    let text = match text {
+        Ok(text) => text,
+        Err(error) => return fail(USAGE, &format!("error: {}: {error}", file.display())),
+    };
+    match import::ingress_nginx::import(&text) {
+        Ok(imported) => {
+            for note in &imported.notes {
+                tell(&format!("note: {note}"));
+            }
+            print(&imported.config)
+        }
+        Err(reason) => fail(INVALID, &format!("error: {} {reason}", file.display())),
+    }
+}
+
 fn history_of(revisions: &cli::Revisions) -> Result<History, ExitCode> {
     History::of(&revisions.config, revisions.directory.as_deref()).map_err(failed)
 }
@@ -457,7 +479,11 @@ fn count(number: usize, what: &str) -> String {
 }
 
 fn fail(code: u8, message: &str) -> ExitCode {
+    tell(message);
+    ExitCode::from(code)
+}
+
+fn tell(message: &str) {
     // Nothing can be done when standard error is closed.
     let _ = writeln!(std::io::stderr(), "{message}");
-    ExitCode::from(code)
 }

@@ -18,7 +18,7 @@ fn update_golden() -> bool {
 }
 
 /// Compares with the content of a file, or writes it.
-fn assert_golden(golden: &Path, actual: &str) {
+pub(crate) fn assert_golden(golden: &Path, actual: &str) {
     if update_golden() {
         fs::write(golden, actual).unwrap();
         return;
@@ -47,7 +47,7 @@ fn assert_golden(golden: &Path, actual: &str) {
 }
 
 /// The YAML files of a directory, which is relative to the package, as tests run there.
-fn yaml_files(directory: &str) -> Vec<PathBuf> {
+pub(crate) fn yaml_files(directory: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).unwrap_or_else(|error| panic!("{directory}: {error}"));
     let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
     files.retain(|file| {

@@ -161,6 +161,22 @@ impl Drop for Running {
 }
 
 #[test]
+fn what_an_import_leaves_out_is_on_standard_error_and_the_rest_is_a_configuration() {
+    let (code, config, notes) =
+        output(&["import", "ingress-nginx", "tests/data/import/canary.yaml"]);
+    let expected = |kind| fs::read_to_string(format!("tests/data/import/canary.{kind}")).unwrap();
+    assert_eq!((code, config), (Some(0), expected("serin")));
+    assert_eq!(notes.replace("note: ", ""), expected("notes"));
+
+    let (code, config, error) = output(&["import", "ingress-nginx", "README.md"]);
+    assert_eq!((code, &*config), (Some(1), ""), "{error}");
+    assert_eq!(
+        output(&["import", "ingress-nginx", "no-such-file.yaml"]).0,
+        Some(2)
+    );
+}
+
+#[test]
 fn check_exits_with_0_for_a_good_file_1_for_a_bad_one_and_2_for_none() {
     let (code, out, err) = output(&["check", "config/examples/canary-by-weight.yaml"]);
     assert_eq!((code, err.as_str()), (Some(0), ""), "{out}");

@@ -1,0 +1,719 @@
+//! Canaries of ingress-nginx: an Ingress with `canary: "true"` beside the one whose host and path it shares.
+//!
+//! ingress-nginx asks for the header first, then for the cookie, and else draws lots with each request. Here the
+//! first two are rules, in this order, and the last are weights without an identity, which draw the same lots.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use regex::Regex;
+
+use super::Imported;
+use super::ingress::{Ingress, Manifests, Path, PathType, ServiceRef, read};
+use super::yaml::{Lines, list, scalar};
+
+const PREFIX: &str = "nginx.ingress.kubernetes.io/";
+
+/// Annotations that say which requests get the canary.
+const OF_CANARIES: [&str; 7] = [
+    "canary",
+    "canary-by-cookie",
+    "canary-by-header",
+    "canary-by-header-pattern",
+    "canary-by-header-value",
+    "canary-weight",
+    "canary-weight-total",
+];
+
+/// The weights of ingress-nginx add up to so many unless it is told of more.
+const WEIGHT_TOTAL: u32 = 100;
+
+/// What an Ingress says of one path of one host.
+struct Place<'m> {
+    ingress: &'m Ingress,
+    host: Option<&'m str>,
+    path: String,
+    path_type: PathType,
+    service: &'m ServiceRef,
+}
+
+/// Requests that go to the same backends in the same way.
+#[derive(PartialEq, Eq)]
+struct Group<'m> {
+    /// Of which Ingress.
+    ingress: &'m str,
+    namespace: &'m str,
+    hosts: Vec<&'m str>,
+    matches: Vec<String>,
+    stable: String,
+    canary: Option<Canary>,
+    /// Lines of the route, as they are.
+    more: Vec<String>,
+}
+
+/// What a canary gets.
+#[derive(Clone, PartialEq, Eq)]
+struct Canary {
+    backend: String,
+    weight: u32,
+    total: u32,
+    rules: Vec<String>,
+    is_sticky: bool,
+}
+
+/// Translates as it goes, and takes note of what cannot be.
+struct Translation<'m> {
+    manifests: &'m Manifests,
+    /// The lines of backends, by name.
+    backends: BTreeMap<String, String>,
+    notes: Vec<String>,
+}
+
+/// Translates the manifests in a text.
+///
+/// # Errors
+///
+/// A text without an Ingress, or one that holds no manifests.
+pub fn import(text: &str) -> Result<Imported, String> {
+    let manifests = read(text)?;
+    if manifests.ingresses.is_empty() {
+        return Err("holds no Ingress (networking.k8s.io/v1)".to_owned());
+    }
+    let mut translation = Translation {
+        manifests: &manifests,
+        backends: BTreeMap::new(),
+        notes: Vec::new(),
+    };
+    let groups = translation.groups();
+    translation.note_the_rest();
+    let Translation {
+        backends,
+        mut notes,
+        ..
+    } = translation;
+    let mut told = std::collections::HashSet::new();
+    notes.retain(|note| told.insert(note.clone()));
+    Ok(Imported {
+        config: write(manifests.ingresses.len(), &backends, &groups),
+        notes,
+    })
+}
+
+// === impl Translation ===
+
+impl<'m> Translation<'m> {
+    fn groups(&mut self) -> Vec<Group<'m>> {
+        let (canaries, mains): (Vec<&Ingress>, Vec<&Ingress>) = self
+            .manifests
+            .ingresses
+            .iter()
+            .partition(|one| is_canary(one));
+        let mains: Vec<Place<'m>> = mains.into_iter().flat_map(|one| self.places(one)).collect();
+        let mut canaries: Vec<(Place<'m>, bool)> = canaries
+            .into_iter()
+            .flat_map(|one| self.places(one))
+            .map(|place| (place, false))
+            .collect();
+        let mut groups: Vec<Group<'m>> = Vec::new();
+        for main in &mains {
+            let Some(matched) = self.path_match(main) else {
+                continue;
+            };
+            let mut fitting = canaries
+                .iter_mut()
+                .filter(|(canary, _)| canary.shares(main));
+            let canary = fitting.next().map(|(canary, is_used)| {
+                *is_used = true;
+                canary
+            });
+            for (other, is_used) in fitting {
+                *is_used = true;
+                let name = other.ingress.metadata.full_name();
+                self.notes.push(format!("{name}: ingress-nginx takes one canary for {main}, and so another one is left out"));
+            }
+            let stable = self.backend(main, main);
+            let canary = canary.map(|canary| self.canary(canary, main, &stable));
+            let more = self.more(main);
+            let place = Group {
+                ingress: &main.ingress.metadata.name,
+                namespace: &main.ingress.metadata.namespace,
+                hosts: main.host.into_iter().collect(),
+                matches: vec![matched],
+                stable,
+                canary,
+                more,
+            };
+            match groups.iter_mut().find(|group| group.takes_path_of(&place)) {
+                Some(group) => group.matches.extend(place.matches),
+                None => groups.push(place),
+            }
+        }
+        for (canary, _) in canaries.iter().filter(|(_, is_used)| !is_used) {
+            let name = canary.ingress.metadata.full_name();
+            self.notes.push(format!(
+                "{name}: no other Ingress has {canary}, so the canary is left out"
+            ));
+        }
+        merge_hosts(groups)
+    }
+
+    fn places(&mut self, ingress: &'m Ingress) -> Vec<Place<'m>> {
+        let name = ingress.metadata.full_name();
+        let mut places = Vec::new();
+        let paths = ingress.spec.rules.iter().flat_map(|rule| {
+            let paths = rule.http.iter().flat_map(|http| &http.paths);
+            paths.map(|path| (rule.host.as_deref().filter(|host| !host.is_empty()), path))
+        });
+        for (
+            host,
+            Path {
+                path,
+                path_type,
+                backend,
+            },
+        ) in paths
+        {
+            let path = path.clone().unwrap_or_else(|| "/".to_owned());
+            let Some(service) = &backend.service else {
+                self.notes.push(format!(
+                    "{name}: the backend of {path} is no Service, and is left out"
+                ));
+                continue;
+            };
+            places.push(Place {
+                ingress,
+                host,
+                path,
+                path_type: *path_type,
+                service,
+            });
+        }
+        let default = ingress.spec.default_backend.as_ref();
+        places.extend(
+            default
+                .and_then(|default| default.service.as_ref())
+                .map(|service| Place {
+                    ingress,
+                    host: None,
+                    path: "/".to_owned(),
+                    path_type: PathType::Prefix,
+                    service,
+                }),
+        );
+        places
+    }
+
+    /// The condition on the path; `None` for one that cannot be translated.
+    fn path_match(&mut self, place: &Place<'_>) -> Option<String> {
+        let name = place.ingress.metadata.full_name();
+        let path = &place.path;
+        if prefix_of_capture(path).is_some() && place.annotation("rewrite-target").is_some() {
+            let prefix = prefix_of_capture(path)?;
+            return Some(format!(
+                "path: {{ type: PathPrefix, value: {} }}",
+                scalar(prefix)
+            ));
+        }
+        let is_regex = place.annotation("use-regex").as_deref() == Some("true");
+        if !is_regex && !path.contains(['(', '[', '*', '^', '$', '\\']) {
+            let kind = match place.path_type {
+                PathType::Exact => "Exact",
+                PathType::Prefix | PathType::ImplementationSpecific => "PathPrefix",
+            };
+            return Some(format!("path: {{ type: {kind}, value: {} }}", scalar(path)));
+        }
+        // nginx looks for it from the beginning, does not care for the end, nor for capitals.
+        let anchored = format!("(?i){}.*", path.trim_start_matches('^'));
+        if let Err(error) = Regex::new(&anchored) {
+            let reason = error.to_string();
+            let reason = reason.lines().last().unwrap_or_default().trim();
+            self.notes
+                .push(format!("{name}: the path `{path}` is left out: {reason}"));
+            return None;
+        }
+        let value = scalar(&anchored);
+        Some(format!(
+            "path: {{ type: RegularExpression, value: {value} }}"
+        ))
+    }
+
+    /// The name of a place's backend, which is written once. What is spoken with it, a canary has from its main
+    /// Ingress.
+    fn backend(&mut self, place: &Place<'_>, main: &Place<'_>) -> String {
+        let ServiceRef { name, port } = place.service;
+        let namespace = &place.ingress.metadata.namespace;
+        let service = self.manifests.service(namespace, name);
+        let known = service.and_then(|service| service.port(port)).or(port
+            .number
+            .filter(|_| service.is_none_or(|one| !one.is_headless())));
+        let number = known.unwrap_or_else(|| {
+            let wanted = port.name.clone().or(port.number.map(|it| it.to_string()));
+            let wanted = wanted.unwrap_or_default();
+            self.notes.push(format!(
+                "{namespace}/{name}: nothing says which port of its pods `{wanted}` is; 80 is written, and the Service would tell"
+            ));
+            80
+        });
+        match service {
+            Some(service) if service.is_headless() => {}
+            Some(_) => self.notes.push(format!(
+                "{namespace}/{name}: its name leads to one address for all pods (clusterIP); with a headless Service Serin balances between them itself"
+            )),
+            None => self.notes.push(format!(
+                "{namespace}/{name}: the Service is not in the file; if it has a clusterIP, its name leads to one address for all pods, and with a headless one Serin balances between them itself"
+            )),
+        }
+        let backend = self.backend_name(namespace, name, port.name.as_deref(), number);
+        let transport = self.transport(main);
+        let host = format!("{name}.{namespace}.svc.cluster.local.:{number}");
+        let line = format!(
+            "- {{ name: {backend}, endpoints: [ {} ]{transport} }}",
+            scalar(&host)
+        );
+        self.backends.insert(backend.clone(), line);
+        backend
+    }
+
+    fn backend_name(&self, namespace: &str, name: &str, port: Option<&str>, number: u16) -> String {
+        let ingresses = self.manifests.ingresses.iter();
+        let mut namespaces = ingresses.map(|one| &*one.metadata.namespace);
+        let is_only = namespaces.all(|other| other == namespace);
+        let mut backend = if is_only {
+            name.to_owned()
+        } else {
+            format!("{namespace}-{name}")
+        };
+        let others = self.manifests.ingresses.iter();
+        let others = others.filter(|one| one.metadata.namespace == namespace);
+        let services = others.flat_map(services_of).filter(|one| one.name == name);
+        let ports: std::collections::HashSet<_> = services
+            .map(|one| (&one.port.name, one.port.number))
+            .collect();
+        if ports.len() > 1 {
+            let _ = write!(
+                backend,
+                "-{}",
+                port.map_or_else(|| number.to_string(), str::to_owned)
+            );
+        }
+        backend
+    }
+
+    /// What is spoken with a backend, as more keys of its line.
+    fn transport(&mut self, place: &Place<'_>) -> &'static str {
+        let protocol = place.annotation("backend-protocol").unwrap_or_default();
+        let name = place.ingress.metadata.full_name();
+        let mut believe = || {
+            self.notes.push(format!(
+                "{name}: ingress-nginx believes every certificate of a backend, and so does this; better name the authority with `tls.caFile`"
+            ));
+        };
+        match &*protocol.to_ascii_uppercase() {
+            "" | "HTTP" | "AUTO_HTTP" => "",
+            "GRPC" => ", protocol: h2c",
+            "HTTPS" => {
+                believe();
+                ", tls: { insecureSkipVerify: true }"
+            }
+            "GRPCS" => {
+                believe();
+                ", protocol: h2, tls: { insecureSkipVerify: true }"
+            }
+            other => {
+                let note =
+                    format!("{name}: Serin does not speak {other} with backends, so this is HTTP");
+                self.notes.push(note);
+                ""
+            }
+        }
+    }
+
+    fn canary(&mut self, canary: &Place<'_>, main: &Place<'_>, stable: &str) -> Canary {
+        let name = canary.ingress.metadata.full_name();
+        let mut number = |key: &str, default: u32| match canary.annotation(key) {
+            None => default,
+            Some(text) => text.trim().parse().unwrap_or_else(|_| {
+                self.notes.push(format!(
+                    "{name}: {key} is `{text}`, which is no number; {default} is written"
+                ));
+                default
+            }),
+        };
+        // ingress-nginx takes a total only if it is larger.
+        let total = number("canary-weight-total", WEIGHT_TOTAL).max(WEIGHT_TOTAL);
+        let weight = number("canary-weight", 0).min(total);
+        let backend = self.backend(canary, main);
+        if backend == stable {
+            self.notes.push(format!(
+                "{name}: the canary is the same Service as that of {main}"
+            ));
+        }
+        let is_sticky = main.annotation("affinity").as_deref() == Some("cookie")
+            && main.annotation("affinity-canary-behavior").as_deref() != Some("legacy");
+        if is_sticky {
+            self.notes.push(format!(
+                "{name}: users stay with a version by the cookie `serin-id`, and not with one pod by the session cookie"
+            ));
+        }
+        if weight > 0 && !is_sticky {
+            self.notes.push(
+                "weights draw lots with each request, as ingress-nginx does; with `gray.identity` a user keeps the version"
+                    .to_owned(),
+            );
+        }
+        Canary {
+            rules: self.rules(canary, &backend, stable),
+            backend,
+            weight,
+            total,
+            is_sticky,
+        }
+    }
+
+    fn rules(&mut self, canary: &Place<'_>, backend: &str, stable: &str) -> Vec<String> {
+        let mut rules = Vec::new();
+        let rule = |name: &str, kind: &str, key: &str, how: &str, to: &str| {
+            let key = scalar(key);
+            format!("- {{ name: {name}, {kind}: {{ name: {key}, {how} }}, backend: {to} }}")
+        };
+        if let Some(header) = canary.annotation("canary-by-header") {
+            let value = canary
+                .annotation("canary-by-header-value")
+                .filter(|it| !it.is_empty());
+            let pattern = canary
+                .annotation("canary-by-header-pattern")
+                .filter(|it| !it.is_empty());
+            match (value, pattern) {
+                (Some(value), _) => {
+                    let how = format!("value: {}", scalar(&value));
+                    rules.push(rule("header", "header", &header, &how, backend));
+                }
+                (None, Some(pattern)) => {
+                    rules.extend(self.pattern(canary, &pattern).map(|pattern| {
+                        let how = format!("type: RegularExpression, value: {}", scalar(&pattern));
+                        rule("header", "header", &header, &how, backend)
+                    }))
+                }
+                (None, None) => {
+                    rules.push(rule(
+                        "header-always",
+                        "header",
+                        &header,
+                        "value: always",
+                        backend,
+                    ));
+                    rules.push(rule(
+                        "header-never",
+                        "header",
+                        &header,
+                        "value: never",
+                        stable,
+                    ));
+                }
+            }
+        }
+        if let Some(cookie) = canary.annotation("canary-by-cookie") {
+            rules.push(rule(
+                "cookie-always",
+                "cookie",
+                &cookie,
+                "value: always",
+                backend,
+            ));
+            rules.push(rule(
+                "cookie-never",
+                "cookie",
+                &cookie,
+                "value: never",
+                stable,
+            ));
+        }
+        rules
+    }
+
+    /// A pattern that is looked for anywhere, for a condition that looks at the whole value.
+    fn pattern(&mut self, canary: &Place<'_>, pattern: &str) -> Option<String> {
+        let whole = format!("(?s).*(?:{pattern}).*");
+        let Err(error) = Regex::new(&whole) else {
+            return Some(whole);
+        };
+        let name = canary.ingress.metadata.full_name();
+        let reason = error.to_string();
+        let reason = reason.lines().last().unwrap_or_default().trim();
+        self.notes.push(format!(
+            "{name}: the rule for canary-by-header-pattern `{pattern}` is left out: {reason}"
+        ));
+        None
+    }
+
+    /// What else can be said of a route.
+    fn more(&mut self, main: &Place<'_>) -> Vec<String> {
+        let name = main.ingress.metadata.full_name();
+        let mut more = Vec::new();
+        if let Some(target) = main.annotation("rewrite-target") {
+            let replaced = match (prefix_of_capture(&main.path), &*target) {
+                (Some(_), "/$2") => {
+                    Some("type: ReplacePrefixMatch, replacePrefixMatch: /".to_owned())
+                }
+                (_, target) if !target.contains('$') => Some(format!(
+                    "type: ReplaceFullPath, replaceFullPath: {}",
+                    scalar(target)
+                )),
+                _ => None,
+            };
+            match replaced {
+                Some(path) => {
+                    let filter = format!("{{ type: URLRewrite, urlRewrite: {{ path: {{ {path} }} }} }}");
+                    more.push(format!("filters: [ {filter} ]"));
+                }
+                None => self.notes.push(format!("{name}: rewrite-target `{target}` of {} is left out: there are no captures of paths", main.path)),
+            }
+        }
+        if let Some(size) = main.annotation("proxy-body-size") {
+            match body_size(&size) {
+                Some(size) => more.push(format!("limits: {{ requestBody: {size} }}")),
+                None => self.notes.push(format!("{name}: proxy-body-size `{size}` is left out; without a limit of the route that of the listener holds"))
+            }
+        }
+        if let Some(timeout) = main.annotation("proxy-read-timeout") {
+            match timeout.trim_end_matches('s').parse::<u16>() {
+                Ok(seconds) => more.push(format!("timeouts: {{ backendRequest: {seconds}s }}")),
+                Err(_) => self.notes.push(format!("{name}: proxy-read-timeout `{timeout}` is no number of seconds, and is left out")),
+            }
+        }
+        more
+    }
+
+    /// What no route says.
+    fn note_the_rest(&mut self) {
+        let translated = [
+            "affinity",
+            "affinity-canary-behavior",
+            "affinity-mode",
+            "backend-protocol",
+            "proxy-body-size",
+            "proxy-read-timeout",
+            "rewrite-target",
+            "use-regex",
+        ];
+        for ingress in &self.manifests.ingresses {
+            let name = ingress.metadata.full_name();
+            for (key, value) in ingress.metadata.annotations() {
+                let Some(key) = key.strip_prefix(PREFIX) else {
+                    continue;
+                };
+                if OF_CANARIES.contains(&key) && is_canary(ingress) {
+                    continue;
+                }
+                if OF_CANARIES.contains(&key) {
+                    let note = format!("{name}: {key} means nothing without `canary: \"true\"`");
+                    self.notes.push(note);
+                } else if is_canary(ingress) {
+                    // ingress-nginx has all others from the main Ingress.
+                } else if !translated.contains(&key) {
+                    let value = value.lines().next().unwrap_or_default();
+                    self.notes
+                        .push(format!("{name}: {key} `{value}` is left out"));
+                }
+            }
+            for tls in &ingress.spec.tls {
+                let hosts = tls.hosts.join(", ");
+                let secret = tls.secret_name.as_deref().unwrap_or("of the controller");
+                self.notes.push(format!(
+                    "{name}: TLS for {hosts} is left out: mount the Secret {secret}, and name its files in a listener's `tls.certificates`; plain requests are redirected by a route with RequestRedirect"
+                ));
+            }
+        }
+        for other in &self.manifests.others {
+            self.notes.push(format!("{other} is left out"));
+        }
+    }
+}
+
+// === impl Place ===
+
+impl Place<'_> {
+    /// The value of an annotation of ingress-nginx.
+    fn annotation(&self, key: &str) -> Option<String> {
+        annotation(self.ingress, key)
+    }
+
+    /// True for the same requests.
+    fn shares(&self, main: &Self) -> bool {
+        self.ingress.metadata.namespace == main.ingress.metadata.namespace
+            && (self.host, &self.path) == (main.host, &main.path)
+    }
+}
+
+impl std::fmt::Display for Place<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}", self.host.unwrap_or("any host, "), self.path)
+    }
+}
+
+// === impl Group ===
+
+impl Group<'_> {
+    /// True for a place that differs in nothing but its path.
+    fn takes_path_of(&self, place: &Self) -> bool {
+        let rest = |one: &Self| {
+            (
+                one.ingress.to_owned(),
+                one.namespace.to_owned(),
+                one.stable.clone(),
+            )
+        };
+        rest(self) == rest(place)
+            && self.hosts == place.hosts
+            && self.canary == place.canary
+            && self.more == place.more
+    }
+}
+
+/// Makes one group of those that differ in nothing but their host.
+fn merge_hosts(groups: Vec<Group<'_>>) -> Vec<Group<'_>> {
+    let mut merged: Vec<Group<'_>> = Vec::new();
+    for group in groups {
+        let twin = merged.iter_mut().find(|one| {
+            !group.hosts.is_empty()
+                && !one.hosts.is_empty()
+                && (one.ingress, one.namespace) == (group.ingress, group.namespace)
+                && (&one.matches, &one.stable) == (&group.matches, &group.stable)
+                && (&one.canary, &one.more) == (&group.canary, &group.more)
+        });
+        match twin {
+            Some(twin) => twin.hosts.extend(group.hosts),
+            None => merged.push(group),
+        }
+    }
+    merged
+}
+
+fn is_canary(ingress: &Ingress) -> bool {
+    annotation(ingress, "canary").as_deref() == Some("true")
+}
+
+fn annotation(ingress: &Ingress, key: &str) -> Option<String> {
+    let mut annotations = ingress.metadata.annotations();
+    let found = annotations.find(|(name, _)| name.strip_prefix(PREFIX) == Some(key));
+    found.map(|(_, value)| value)
+}
+
+fn services_of(ingress: &Ingress) -> impl Iterator<Item = &ServiceRef> {
+    let paths = ingress
+        .spec
+        .rules
+        .iter()
+        .filter_map(|rule| rule.http.as_ref());
+    let backends = paths.flat_map(|http| &http.paths).map(|path| &path.backend);
+    let backends = backends.chain(&ingress.spec.default_backend);
+    backends.filter_map(|backend| backend.service.as_ref())
+}
+
+/// The prefix of a path that is written so that what is behind it can be captured: `/shop(/|$)(.*)`.
+fn prefix_of_capture(path: &str) -> Option<&str> {
+    let prefix = path.strip_suffix("(/|$)(.*)")?;
+    let is_plain = !prefix.contains(['(', '[', '*', '^', '$', '\\', '.', '+', '?']);
+    (is_plain && prefix.starts_with('/')).then_some(prefix)
+}
+
+/// A size as nginx writes it, as Kubernetes does; `None` for no limit, or no size.
+fn body_size(text: &str) -> Option<String> {
+    let text = text.trim();
+    let digits = text.trim_end_matches(|unit: char| unit.is_ascii_alphabetic());
+    let number: u64 = digits.parse().ok().filter(|number| *number > 0)?;
+    let unit = match &*text[digits.len()..].to_ascii_lowercase() {
+        "" => "",
+        "k" => "Ki",
+        "m" => "Mi",
+        "g" => "Gi",
+        _ => return None,
+    };
+    Some(format!("{number}{unit}"))
+}
+
+fn write(ingresses: usize, backends: &BTreeMap<String, String>, groups: &[Group<'_>]) -> String {
+    let mut lines = Lines::default();
+    let plural = if ingresses == 1 { "" } else { "es" };
+    lines.add(
+        0,
+        &format!("# From {ingresses} Ingress{plural} of ingress-nginx."),
+    );
+    lines.add(0, "listeners: [ { name: web, address: \"0.0.0.0:8080\" } ]");
+    lines.add(0, "admin: { address: \"0.0.0.0:9901\" }");
+    lines.add(0, "backends:");
+    for line in backends.values() {
+        lines.add(1, line);
+    }
+    lines.add(0, "routes:");
+    let mut names = Vec::new();
+    for group in groups {
+        let name = group.name(groups, &names);
+        group.write(&name, &mut lines);
+        names.push(name);
+    }
+    lines.into_text()
+}
+
+impl Group<'_> {
+    /// A name that no other route has.
+    fn name(&self, all: &[Self], taken: &[String]) -> String {
+        let is_only = all.iter().all(|other| other.namespace == self.namespace);
+        let base = if is_only {
+            self.ingress.to_owned()
+        } else {
+            format!("{}-{}", self.namespace, self.ingress)
+        };
+        let numbered = (2..).map(|number| format!("{base}-{number}"));
+        let mut names = std::iter::once(base.clone()).chain(numbered);
+        names.find(|name| !taken.contains(name)).unwrap_or(base)
+    }
+
+    fn write(&self, name: &str, lines: &mut Lines) {
+        lines.add(1, &format!("- name: {}", scalar(name)));
+        if !self.hosts.is_empty() {
+            lines.add(
+                2,
+                &format!("hostnames: {}", list(self.hosts.iter().copied())),
+            );
+        }
+        lines.add(2, "matches:");
+        for matched in &self.matches {
+            lines.add(3, &format!("- {matched}"));
+        }
+        lines.add(2, "backendRefs:");
+        let stable = &self.stable;
+        let Some(canary) = &self.canary else {
+            lines.add(3, &format!("- {{ name: {stable} }}"));
+            return self.write_more(lines);
+        };
+        let rest = canary.total - canary.weight;
+        lines.add(3, &format!("- {{ name: {stable}, weight: {rest} }}"));
+        let Canary {
+            backend, weight, ..
+        } = canary;
+        lines.add(3, &format!("- {{ name: {backend}, weight: {weight} }}"));
+        self.write_more(lines);
+        if canary.is_sticky || !canary.rules.is_empty() {
+            lines.add(2, "gray:");
+        }
+        if canary.is_sticky {
+            lines.add(3, "withoutIdentity: cookie");
+        }
+        if !canary.rules.is_empty() {
+            lines.add(3, "rules:");
+            for rule in &canary.rules {
+                lines.add(4, rule);
+            }
+        }
+    }
+
+    fn write_more(&self, lines: &mut Lines) {
+        for line in &self.more {
+            lines.add(2, line);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

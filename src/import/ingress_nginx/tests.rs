@@ -1,0 +1,59 @@
+use std::fs;
+
+use super::*;
+use crate::config::load::{load, load_list};
+use crate::config::tests::{assert_golden, yaml_files};
+
+const DATA: &str = "tests/data/import";
+
+#[test]
+fn what_is_written_can_be_used_and_what_is_left_out_is_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("serin.yaml");
+    for manifests in yaml_files(DATA) {
+        let Imported { config, notes } = import(&fs::read_to_string(&manifests).unwrap()).unwrap();
+        assert_golden(&manifests.with_extension("serin"), &config);
+        assert_golden(
+            &manifests.with_extension("notes"),
+            &(notes.join("\n") + "\n"),
+        );
+        fs::write(&file, &config).unwrap();
+        let loaded = load(&file, &mut load_list);
+        loaded.unwrap_or_else(|problems| panic!("{}", problems.render(false)));
+    }
+}
+
+#[test]
+fn what_is_no_manifest_is_an_error() {
+    for (text, words) in [
+        ("", "holds no Ingress"),
+        ("a: b", "it has no `kind`"),
+        ("a: [", "is no YAML"),
+        (
+            "kind: Service\napiVersion: v1\nmetadata: { name: a }",
+            "holds no Ingress",
+        ),
+        (
+            "kind: Ingress\napiVersion: networking.k8s.io/v1\nmetadata: { name: a }\nspec: { rules: 1 }",
+            "holds the Ingress a: invalid type",
+        ),
+    ] {
+        let error = import(text).unwrap_err();
+        assert!(error.contains(words), "{text:?}: {error}");
+    }
+}
+
+#[test]
+fn sizes_of_nginx_are_sizes_of_kubernetes() {
+    for (nginx, expected) in [
+        ("8m", Some("8Mi")),
+        ("64K", Some("64Ki")),
+        ("1g", Some("1Gi")),
+        ("100", Some("100")),
+        ("0", None),
+        ("8mb", None),
+        ("", None),
+    ] {
+        assert_eq!(body_size(nginx).as_deref(), expected, "{nginx}");
+    }
+}
