@@ -26,14 +26,10 @@ pub(super) fn decode(document: &mut Node) -> (Option<ConfigFile>, Vec<Problem>) 
         .map(repeated_key)
         .collect();
     while problems.len() < MOST_PROBLEMS {
-        let mut track = serde_path_to_error::Track::new();
-        let decoded = ConfigFile::deserialize(serde_path_to_error::Deserializer::new(
-            &*document, &mut track,
-        ));
-        match decoded {
+        match ConfigFile::deserialize(&*document) {
             Ok(file) => return (Some(file), problems),
             Err(error) => {
-                let mistake = Mistake::new(path_of(&track.path()), &error.to_string());
+                let mistake = Mistake::new(error.path(), &error.to_string());
                 problems.extend(mistake.problem(document));
                 if !mistake.mend(document) {
                     break;
@@ -271,7 +267,7 @@ fn found_in_words(found: &str) -> String {
             .and_then(|rest| rest.strip_suffix(['`', '"']))
     };
     match found {
-        "null" => "nothing".to_owned(),
+        "unit value" => "nothing".to_owned(),
         "map" => "a mapping".to_owned(),
         "sequence" => "a list".to_owned(),
         "unit variant" => "the word alone".to_owned(),
@@ -284,17 +280,4 @@ fn found_in_words(found: &str) -> String {
 
 fn one_of(known: &[String]) -> Option<String> {
     (!known.is_empty()).then(|| format!("known here: {}", known.join(", ")))
-}
-
-pub(super) fn path_of(path: &serde_path_to_error::Path) -> Path {
-    use serde_path_to_error::Segment;
-    path.iter()
-        .fold(Path::default(), |path, segment| match segment {
-            Segment::Seq { index } => path.index(*index),
-            Segment::Map { key } => path.key(key.as_str()),
-            // The tag of an enum is a key of the document as well: `header` in `{ header: x-user-id
-            // }`.
-            Segment::Enum { variant } => path.key(variant.as_str()),
-            Segment::Unknown => path,
-        })
 }

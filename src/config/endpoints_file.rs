@@ -12,7 +12,6 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::discovery::Locator;
 
-use super::decode::path_of;
 use super::document::{Node, Path};
 use super::load::{ListFailure, ReadEndpoints, Stamp, read_settled, syntax_problem};
 use super::problem::{Problem, Severity};
@@ -101,13 +100,9 @@ pub fn parse(text: &str) -> Result<Option<Vec<Locator>>, Misprint> {
             reason,
         }
     };
-    let mut track = serde_path_to_error::Track::new();
-    let texts = Vec::<String>::deserialize(serde_path_to_error::Deserializer::new(
-        &document, &mut track,
-    ));
-    let texts = texts.map_err(|_| {
+    let texts = Vec::<String>::deserialize(&document).map_err(|mistake| {
         let reason = "this is no list of texts such as `- 10.0.0.1:8080`".to_owned();
-        misprint(&path_of(&track.path()), reason)
+        misprint(&mistake.path(), reason)
     })?;
     let mut seen = BTreeSet::new();
     let mut locators = Vec::new();
