@@ -18,7 +18,8 @@ WORKDIR /build
 
 # With crt-static the C library is linked into the binary. A target must be named, even though it is the machine's own:
 # otherwise the flag holds for build scripts and procedural macros as well, and the latter cannot be linked statically.
-ENV RUSTFLAGS="-C target-feature=+crt-static"
+# Relocations are packed, which saves half a megabyte.
+ENV RUSTFLAGS="-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs"
 
 # The dependencies alone, in a layer that stays valid until Cargo.toml or Cargo.lock changes. Tests, benchmarks and
 # examples are taken out of the manifest, since cargo would look for their files.
@@ -44,6 +45,8 @@ ARG REVISION=unknown
 LABEL org.opencontainers.image.title="serin" \
       org.opencontainers.image.description="A traffic proxy for canary and gray releases" \
       org.opencontainers.image.licenses="Apache-2.0 OR MIT" \
+      org.opencontainers.image.source="https://github.com/serin-proxy/serin" \
+      org.opencontainers.image.documentation="https://github.com/serin-proxy/serin/blob/main/docs/README.md" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt

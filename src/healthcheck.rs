@@ -13,10 +13,10 @@ use http::{Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1;
 use rustls::pki_types::ServerName;
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
+use crate::discovery;
 use crate::stream::Stream;
 use crate::tls::client::{ClientTls, Trust};
 use crate::url::Url;
@@ -65,7 +65,7 @@ async fn answer(url: &Url) -> io::Result<(StatusCode, String)> {
 
 /// Whoever answers is believed: who could sit between a process and itself has no need to.
 async fn connect(url: &Url) -> io::Result<Stream> {
-    let stream = TcpStream::connect((&*url.host, url.port)).await?;
+    let stream = url.connect(&discovery::Settings::default()).await?;
     if !url.is_encrypted {
         return Ok(Stream::plain(stream));
     }

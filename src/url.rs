@@ -1,9 +1,15 @@
 //! `http` and `https` URLs, as those who connect to them need them.
 
 use std::fmt;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 
 use http::Uri;
 use http::uri::{PathAndQuery, Scheme};
+use tokio::net::TcpStream;
+
+use crate::discovery::resolver::resolve_all;
+use crate::discovery::{self, Locator};
 
 /// An `http` or `https` URL.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +35,37 @@ impl Url {
             true => "https",
             false => "http",
         }
+    }
+
+    /// Connects to the first of its addresses that answers.
+    ///
+    /// Names are resolved as those of endpoints are. The C library would load its part of it when it is asked,
+    /// which it cannot in an image that holds nothing but the program.
+    ///
+    /// # Errors
+    ///
+    /// A name that leads nowhere, or what the last address has answered.
+    pub async fn connect(&self, dns: &discovery::Settings) -> io::Result<TcpStream> {
+        let mut outcome = Err(io::Error::other(format!("{} has no address", self.host)));
+        for address in self.addresses(dns).await? {
+            outcome = TcpStream::connect(address).await;
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        outcome
+    }
+
+    async fn addresses(&self, dns: &discovery::Settings) -> io::Result<Vec<SocketAddr>> {
+        if let Ok(ip) = self.host.parse::<IpAddr>() {
+            return Ok(vec![SocketAddr::new(ip, self.port)]);
+        }
+        let named = format!("{}:{}", self.host, self.port);
+        let locator = Locator::parse(&named);
+        let locator = locator.map_err(|reason| io::Error::other(format!("`{named}` {reason}")))?;
+        let names = resolve_all(dns, locator.name().cloned()).await;
+        let found = names.values().flat_map(|found| found.addresses());
+        Ok(found.copied().collect())
     }
 }
 

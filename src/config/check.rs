@@ -173,7 +173,7 @@ impl Checker<'_> {
                 &mut list_names,
             )
         });
-        let tracing = self.tracing(file.tracing.as_ref(), &root.key("tracing"));
+        let tracing = self.tracing(file.tracing.as_ref(), dns.as_ref(), &root.key("tracing"));
         if decoded_whole {
             self.warn_of_unused(&backend_names, &root.key("backends"));
             self.warn_of_unused(&list_names, &root.key("userLists"));

@@ -28,6 +28,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+use crate::discovery;
 use crate::telemetry::share::Share;
 use crate::telemetry::trace_context::TraceContext;
 use crate::tls::client::ClientTls;
@@ -75,6 +76,8 @@ pub struct Destination {
     pub url: Url,
     /// How it is spoken with.
     pub protocol: Protocol,
+    /// How its name is resolved.
+    pub dns: discovery::Settings,
     /// What is sent along with every export.
     pub headers: Vec<(HeaderName, HeaderValue)>,
     /// What it is connected to with; `None` without TLS.

@@ -15,6 +15,7 @@ use crate::backend::UpstreamProtocol;
 use crate::config::document::Path;
 use crate::config::file::{self, Size, TraceCallers, TraceProtocol};
 use crate::config::value;
+use crate::discovery;
 use crate::telemetry::share::Share;
 use crate::telemetry::trace::{Callers, CollectorTls, Destination, Protocol, Sampling, Settings};
 use crate::url::Url;
@@ -37,6 +38,7 @@ impl Checker<'_> {
     pub(super) fn tracing(
         &mut self,
         tracing: Option<&file::Tracing>,
+        dns: Option<&discovery::Settings>,
         at: &Path,
     ) -> Option<Option<Settings>> {
         let Some(tracing) = tracing else {
@@ -51,14 +53,19 @@ impl Checker<'_> {
             return Some(None);
         }
         let sampling = self.trace_sampling(&tracing.sampling, &at.key("sampling"));
-        let destination = self.destination(tracing, at);
+        let destination = self.destination(tracing, dns, at);
         Some(Some(Settings {
             sampling: sampling?,
             destination: destination?,
         }))
     }
 
-    fn destination(&mut self, tracing: &file::Tracing, at: &Path) -> Option<Destination> {
+    fn destination(
+        &mut self,
+        tracing: &file::Tracing,
+        dns: Option<&discovery::Settings>,
+        at: &Path,
+    ) -> Option<Destination> {
         let protocol = self.trace_protocol(tracing.protocol, at);
         let endpoint = self.trace_endpoint(tracing, at);
         let headers = self.trace_headers(&tracing.headers, at);
@@ -87,6 +94,7 @@ impl Checker<'_> {
         Some(Destination {
             url,
             protocol,
+            dns: dns?.clone(),
             headers: headers?,
             tls: tls?,
             timeout: timeout?,

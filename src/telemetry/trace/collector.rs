@@ -14,7 +14,6 @@ use hyper_util::rt::TokioExecutor;
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
 use prost::Message;
 use rustls::pki_types::ServerName;
-use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use crate::stream::Stream;
@@ -124,7 +123,7 @@ impl<'d> Collector<'d> {
 
 async fn connect(destination: &Destination) -> io::Result<Connection> {
     let url = &destination.url;
-    let stream = TcpStream::connect((&*url.host, url.port)).await?;
+    let stream = url.connect(&destination.dns).await?;
     stream.set_nodelay(true)?;
     let stream = match &destination.tls {
         None => Stream::plain(stream),
