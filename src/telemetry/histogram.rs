@@ -85,15 +85,19 @@ impl LatencyHistogram {
             .fetch_add(nanoseconds, Ordering::Relaxed);
     }
 
-    /// Writes it in the text format of Prometheus; nothing while it is empty.
+    /// True before anything was recorded.
+    pub fn is_empty(&self) -> bool {
+        let parts = self.parts.iter();
+        let mut counts = parts.flat_map(|part| &part.counts);
+        counts.all(|count| count.load(Ordering::Relaxed) == 0)
+    }
+
+    /// Writes it in the text format of Prometheus.
     pub fn render(&self, into: &mut String, name: &str, labels: &[(&'static str, &str)]) {
         let counts: Vec<u64> = (0..=self.buckets.seconds.len())
             .map(|bucket| self.sum(|part| &part.counts[bucket]))
             .collect();
         let count: u64 = counts.iter().sum();
-        if count == 0 {
-            return;
-        }
         let labels: Vec<Label> = labels
             .iter()
             .map(|(name, value)| Label::new(*name, (*value).to_owned()))
@@ -134,12 +138,12 @@ mod tests {
     #[test]
     fn durations_are_counted_below_their_bounds_and_summed_over_workers() {
         let histogram = LatencyHistogram::new(&Buckets::new(&[0.001, 0.01, 1.0]), 2);
-        let mut text = String::new();
-        histogram.render(&mut text, "latency_seconds", &[]);
-        assert_eq!(text, "");
+        assert!(histogram.is_empty());
         for (worker, milliseconds) in [(0, 1), (1, 1), (0, 10), (1, 11), (7, 2000)] {
             histogram.record(worker, Duration::from_millis(milliseconds));
         }
+        assert!(!histogram.is_empty());
+        let mut text = String::new();
         histogram.render(&mut text, "latency_seconds", &[("version", "1 \"b\"")]);
         let labels = r#"version="1 \"b\"""#;
         let expected = format!(

@@ -28,6 +28,10 @@ pub const DEFAULT_BUCKETS: [f64; 16] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
 ];
 
+/// With more targets than this, those without requests so far show no latencies: nobody reads megabytes of
+/// zeros.
+const MOST_EMPTY: usize = 2000;
+
 /// The label value for what there is not: the route of a request that no route takes.
 pub(crate) const NONE: &str = "_NONE";
 
@@ -462,12 +466,18 @@ impl Metrics {
 
     fn render_latencies(&self) -> String {
         let latencies = lock(&self.latencies);
+        // From the start: Prometheus sees no increase from nothing, and a version would have failures
+        // before it has requests.
+        let has_room = latencies.len() <= MOST_EMPTY;
         let mut text = String::new();
         for HistogramDefinition { name, help, part } in HISTOGRAMS {
             write_help_line(&mut text, name, None, None, help);
             write_type_line(&mut text, name, None, None, "histogram");
             for (labels, latencies) in latencies.iter() {
-                part(latencies).render(&mut text, name, &labels.pairs());
+                let histogram = part(latencies);
+                if has_room && !labels.is_none() || !histogram.is_empty() {
+                    histogram.render(&mut text, name, &labels.pairs());
+                }
             }
             text.push('\n');
         }
@@ -762,6 +772,11 @@ impl TargetMetrics {
 // === impl TargetLabels ===
 
 impl TargetLabels {
+    /// True for requests that no backend gets.
+    fn is_none(&self) -> bool {
+        *self.backend == *NONE
+    }
+
     /// Those of what differs in something else, whatever the version.
     fn with(&self, other: (&'static str, &'static str)) -> [(&'static str, &str); 3] {
         [("route", &self.route), ("backend", &self.backend), other]
@@ -1021,6 +1036,29 @@ mod tests {
         assert!(text.contains(&format!(
             "serin_request_duration_seconds_bucket{{{labels},le=\"0.005\"}} 3"
         )));
+    }
+
+    #[test]
+    fn latencies_are_there_before_requests_unless_there_are_very_many() {
+        let metrics = Metrics::new(&[], 1);
+        let route = metrics.route(&"shop".into());
+        let count = |text: &str| text.matches("serin_request_duration_seconds_count").count();
+        let mut held = vec![target(&metrics)];
+        let text = metrics.render();
+        assert!(text.contains(
+            "_duration_seconds_count{route=\"shop\",backend=\"canary\",version=\"2\"} 0\n"
+        ));
+        assert_eq!(count(&text), 1, "none for what no backend gets");
+        for number in 0..MOST_EMPTY {
+            held.push(metrics.target(&TargetLabels {
+                route: number.to_string().into(),
+                ..held[0].labels().clone()
+            }));
+        }
+        assert_eq!(count(&metrics.render()), 0);
+        let ok = (MethodLabel("GET"), StatusCode::OK, Protocol::Http1);
+        route.count_request(&metrics, 0, ok.0, ok.1, ok.2, Duration::ZERO);
+        assert_eq!(count(&metrics.render()), 1);
     }
 
     #[test]
