@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 
 import pytest
@@ -61,6 +62,18 @@ def documents(path):
     """All documents of a YAML file."""
     with open(path, encoding="utf-8") as file:
         return [document for document in yaml.safe_load_all(file) if document is not None]
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """A function that finds a port that nobody listens at."""
+
+    def find():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return find
 
 
 @pytest.fixture(scope="session")

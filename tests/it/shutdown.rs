@@ -327,8 +327,8 @@ fn whoever_stops_it_leaves_it_the_time_that_it_may_take() {
         loaded.config.shutdown.timeout
     };
     let ending = ENDING_LIMIT + FLUSH_LIMIT;
-    let pod = timeout("deploy/kubernetes/config/serin.yaml") + ending;
-    let manifest = "deploy/kubernetes/deployment.yaml";
+    let pod = timeout("deploy/kubernetes/base/config/serin.yaml") + ending;
+    let manifest = "deploy/kubernetes/base/deployment.yaml";
     assert!(pod < seconds(manifest, "terminationGracePeriodSeconds: "));
     let service = timeout("config/examples/canary-by-weight.yaml") + ending;
     for unit in ["serin.service", "serin@.service"] {
