@@ -10,7 +10,7 @@ from conftest import DEPLOY, REPOSITORY
 OF_TARGETS = {"namespace", "job", "instance"}
 WORDS = """
     and or unless by without on ignoring group_left group_right offset bool sum min max avg count
-    rate increase changes time vector absent histogram_quantile label_replace
+    rate increase changes time vector absent histogram_quantile label_replace clamp_min
 """.split()
 
 
