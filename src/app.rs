@@ -368,9 +368,17 @@ impl App {
         }
         drop(self.stop);
         finish(self.control_thread, "the control thread", limit);
-        let left = || ENDING_LIMIT.saturating_sub(over.elapsed());
-        self.sinks.flush(left());
-        self.exporters.flush(left());
+        let left = ENDING_LIMIT.saturating_sub(over.elapsed());
+        // At once: neither has to wait for whoever reads the other.
+        std::thread::scope(|scope| {
+            let spans = || self.exporters.flush(left);
+            let spans = std::thread::Builder::new().spawn_scoped(scope, spans);
+            self.sinks.flush(left);
+            if spans.is_err() {
+                self.exporters
+                    .flush(ENDING_LIMIT.saturating_sub(over.elapsed()));
+            }
+        });
         if cut_off == 0 {
             Drained::Clean
         } else {

@@ -9,7 +9,6 @@ pub mod rollback;
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -18,7 +17,7 @@ use tokio::task::JoinHandle;
 use tracing::warn;
 
 use crate::config::load::Loaded;
-use crate::whole_file;
+use crate::whole_file::{self, Access};
 
 /// Where revisions are kept, and how many.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +58,10 @@ pub fn revisions(directory: &Path) -> io::Result<Vec<Revision>> {
     };
     let mut revisions = Vec::new();
     for entry in entries {
-        revisions.extend(Revision::at(entry?.path()));
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            revisions.extend(Revision::at(entry.path()));
+        }
     }
     revisions.sort_by_key(|revision| std::cmp::Reverse((revision.taken_over_at, revision.hash)));
     Ok(revisions)
@@ -74,10 +76,14 @@ fn keep(settings: &Settings, loaded: &Loaded, taken_over_at: u64) -> io::Result<
         return Ok(());
     }
     fs::create_dir_all(directory)?;
+    // The clock may have been set back.
+    let latest = known.first().map(|latest| latest.taken_over_at + 1);
+    let taken_over_at = latest.map_or(taken_over_at, |latest| taken_over_at.max(latest));
     let path = directory.join(Revision::file_name(taken_over_at, loaded.hash));
     // Whoever may read the file may read what it said before.
-    let mode = fs::metadata(&loaded.path).map_or(0o600, |metadata| metadata.permissions().mode());
-    whole_file::replace(&path, loaded.warnings.source.as_bytes(), mode & 0o777)?;
+    let file = fs::metadata(&loaded.path);
+    let access = file.as_ref().map_or(Access::Ours, Access::As);
+    whole_file::replace(&path, loaded.warnings.source.as_bytes(), access)?;
     for old in known.iter().skip(settings.keep.saturating_sub(1)) {
         fs::remove_file(&old.path)?;
     }

@@ -14,7 +14,6 @@ use crate::routing::UserList;
 use crate::routing::user_list::{Pause, no_text};
 use crate::telemetry::access_log::Output;
 use crate::tls;
-use crate::whole_file::beside;
 
 use super::check::{Checked, Surroundings, check};
 use super::decode::decode;
@@ -365,13 +364,13 @@ fn spoilt_by_state<'f>(
 ) -> Option<Problem> {
     let state = config.state_file.as_ref()?;
     let real = |path: &FilePath| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let written = [real(state), real(&beside(state))];
+    let written = real(state);
     let log = match config.access_log.as_ref().map(|log| &log.output) {
         Some(Output::File(file)) => Some(file.as_path()),
         Some(Output::Stdout) | None => None,
     };
     let mut others = read.chain(log);
-    let spoilt = others.find(|other| written.contains(&real(other)))?;
+    let spoilt = others.find(|other| written == real(other))?;
     let at = Path::default().key("stateFile");
     let message = format!(
         "`{}` is another file of this configuration, which would be replaced",

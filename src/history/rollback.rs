@@ -1,9 +1,9 @@
 //! `serin history` and `serin rollback`: what the configuration file said before, and how it says that again.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use similar::{ChangeTag, TextDiff};
@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::config::Problems;
 use crate::config::file::ConfigFile;
 use crate::config::load::{generation_directory, home, load, load_list, shape_of};
-use crate::whole_file;
+use crate::whole_file::{self, Access};
 
 use super::{Revision, revisions};
 
@@ -22,7 +22,7 @@ pub struct History {
     /// The file.
     file: PathBuf,
     /// What it says now.
-    text: String,
+    content: Vec<u8>,
     /// The latest first.
     revisions: Vec<Revision>,
 }
@@ -41,7 +41,7 @@ pub enum Which {
 pub struct Rollback<'h> {
     history: &'h History,
     revision: &'h Revision,
-    text: String,
+    content: Vec<u8>,
 }
 
 /// Why there is nothing to show, or to put back.
@@ -64,17 +64,22 @@ const CONTEXT: usize = 3;
 // === impl History ===
 
 impl History {
-    /// Reads the file, and which revisions there are: in `directory`, or where the file says, even if it cannot be
-    /// used otherwise.
+    /// Reads the file, and which revisions there are: in `directory`, or where the file says, whatever else is wrong
+    /// with it as long as it is YAML. With a directory the file may be gone.
     ///
     /// # Errors
     ///
     /// A file or directory that cannot be read, or a file that says nothing of revisions.
     pub fn of(file: &Path, directory: Option<&Path>) -> Result<Self, Failure> {
-        let text = fs::read_to_string(file).map_err(|error| unreadable(file, &error))?;
+        let content = match fs::read(file) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && directory.is_some() => {
+                Vec::new()
+            }
+            content => content.map_err(|error| unreadable(file, &error))?,
+        };
         let directory = match directory {
             Some(directory) => directory.to_owned(),
-            None => directory_of(file, &text).ok_or_else(|| {
+            None => directory_of(file, &content).ok_or_else(|| {
                 let file = file.display();
                 Failure::Refused(format!(
                     "{file} does not say where revisions are kept (`history.directory`); name the directory with --directory"
@@ -84,7 +89,7 @@ impl History {
         let revisions = revisions(&directory).map_err(|error| unreadable(&directory, &error))?;
         Ok(Self {
             file: file.to_owned(),
-            text,
+            content,
             revisions,
         })
     }
@@ -95,7 +100,7 @@ impl History {
     ///
     /// A revision that is not there, or cannot be read.
     pub fn show(&self, which: &Which) -> Result<String, Failure> {
-        read(self.find(which)?)
+        read(self.find(which)?).map(|content| text(&content).into_owned())
     }
 
     /// The revision to put back: the one that is meant, or else the latest that says something else than the file.
@@ -104,7 +109,7 @@ impl History {
     ///
     /// There is none, or it cannot be read.
     pub fn back(&self, to: Option<&Which>) -> Result<Rollback<'_>, Failure> {
-        let now = xxh3_64(self.text.as_bytes());
+        let now = xxh3_64(&self.content);
         let revision = match to {
             Some(which) => self.find(which)?,
             None => {
@@ -118,15 +123,28 @@ impl History {
         Ok(Rollback {
             history: self,
             revision,
-            text: read(revision)?,
+            content: read(revision)?,
         })
     }
 
     fn find(&self, which: &Which) -> Result<&Revision, Failure> {
-        let mut all = self.revisions.iter();
+        let all = &self.revisions;
         let found = match which {
-            Which::Number(number) => number.checked_sub(1).and_then(|at| all.nth(at)),
-            Which::Hash(hash) => all.find(|one| format!("{:016x}", one.hash).starts_with(&**hash)),
+            Which::Number(number) => number.checked_sub(1).and_then(|at| all.get(at)),
+            Which::Hash(hash) => {
+                let is_meant = |one: &&Revision| format!("{:016x}", one.hash).starts_with(&**hash);
+                let mut meant = all.iter().filter(is_meant);
+                let first = meant.next();
+                // The same text may have been taken over several times.
+                if let Some(first) = first
+                    && meant.any(|other| other.hash != first.hash)
+                {
+                    return Err(Failure::Refused(format!(
+                        "{which} is the beginning of several hashes"
+                    )));
+                }
+                first
+            }
         };
         found.ok_or_else(|| {
             let count = self.revisions.len();
@@ -138,7 +156,7 @@ impl History {
 /// A line for each revision: its number, when it was taken over, its hash, and what it has changed.
 impl fmt::Display for History {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let now = xxh3_64(self.text.as_bytes());
+        let now = xxh3_64(&self.content);
         if self.revisions.is_empty() {
             return writeln!(f, "no revision is kept yet");
         }
@@ -147,7 +165,7 @@ impl fmt::Display for History {
         for (position, revision) in self.revisions.iter().enumerate() {
             let before = texts.get(position + 1).and_then(Option::as_deref);
             let changes = match (before, &texts[position]) {
-                (Some(before), Some(after)) => changes(before, after),
+                (Some(before), Some(after)) => changes(&text(before), &text(after)),
                 _ => String::new(),
             };
             let mark = if revision.hash == now { '*' } else { ' ' };
@@ -170,7 +188,8 @@ impl Rollback<'_> {
     /// What the file would say differently, as a unified diff.
     pub fn diff(&self) -> String {
         let file = self.history.file.display().to_string();
-        let diff = TextDiff::from_lines(&*self.history.text, &*self.text);
+        let (before, after) = (text(&self.history.content), text(&self.content));
+        let diff = TextDiff::from_lines(&*before, &*after);
         diff.unified_diff()
             .context_radius(CONTEXT)
             .header(&file, &self.revision.to_string())
@@ -192,22 +211,30 @@ impl Rollback<'_> {
                 file.display()
             )));
         }
-        // What a link leads to, and not the link.
-        let real = fs::canonicalize(file).map_err(|error| unreadable(file, &error))?;
-        let mode = fs::metadata(&real).map_or(0o644, |metadata| metadata.permissions().mode());
         let cannot = |error: io::Error| {
             Failure::Unreadable(format!("{} cannot be written: {error}", file.display()))
         };
+        // What a link leads to, and not the link.
+        let real = fs::canonicalize(file).unwrap_or_else(|_| file.clone());
+        let there = fs::metadata(&real);
+        let access = there.as_ref().map_or(Access::Ours, Access::Same);
         // Where names of other files lead is known only beside the file.
-        let trial = tried(file);
-        whole_file::replace(&trial, self.text.as_bytes(), mode & 0o777).map_err(cannot)?;
-        let checked = load(&trial, &mut load_list).map_err(Failure::Problems);
-        let put = checked.and_then(|_| {
-            whole_file::replace(&real, self.text.as_bytes(), mode & 0o777).map_err(cannot)
-        });
+        let trial = whole_file::beside(file, "rollback");
+        whole_file::replace(&trial, &self.content, Access::Ours).map_err(cannot)?;
+        let checked = load(&trial, &mut load_list);
         // If it stays, it is in nobody's way.
         let _ = fs::remove_file(&trial);
-        put
+        checked.map_err(|problems| {
+            let file = self.revision.path.clone();
+            Failure::Problems(Problems { file, ..problems })
+        })?;
+        if fs::read(&real).unwrap_or_default() != self.history.content {
+            let file = file.display();
+            return Err(Failure::Refused(format!(
+                "somebody has changed {file} just now"
+            )));
+        }
+        whole_file::replace(&real, &self.content, access).map_err(cannot)
     }
 
     /// Which revision it is.
@@ -217,7 +244,7 @@ impl Rollback<'_> {
 
     /// True when the file says that already.
     pub fn is_there(&self) -> bool {
-        self.history.text == self.text
+        self.history.content == self.content
     }
 }
 
@@ -300,22 +327,19 @@ fn weights(text: &str) -> Vec<(String, String, u32)> {
 }
 
 /// Where a file says that its revisions are kept.
-fn directory_of(file: &Path, text: &str) -> Option<PathBuf> {
-    let history = shape_of(text)?.history?;
+fn directory_of(file: &Path, content: &[u8]) -> Option<PathBuf> {
+    let history = shape_of(&text(content))?.history?;
     Some(home(file).join(history.directory))
 }
 
-/// Where a revision is tried, beside the file.
-fn tried(file: &Path) -> PathBuf {
-    let mut name = std::ffi::OsString::from(".");
-    name.push(file.file_name().unwrap_or_default());
-    name.push(".rollback");
-    home(file).join(name)
+/// What a content says, to be looked at.
+fn text(content: &[u8]) -> Cow<'_, str> {
+    String::from_utf8_lossy(content)
 }
 
-fn read(revision: &Revision) -> Result<String, Failure> {
+fn read(revision: &Revision) -> Result<Vec<u8>, Failure> {
     let path = &revision.path;
-    fs::read_to_string(path).map_err(|error| unreadable(path, &error))
+    fs::read(path).map_err(|error| unreadable(path, &error))
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> Failure {

@@ -524,7 +524,9 @@ impl Exchange {
 
     /// True when it has failed, and not by its client's fault, with this as the last word on it.
     fn is_failure(&self, status: StatusCode, grpc: Option<grpc::Status>) -> bool {
-        let is_failed_call = grpc.is_some_and(grpc::Status::is_failure) && !self.is_moved;
+        // A call that no route takes is its client's mistake, although gRPC has the same word for it.
+        let is_failed_call =
+            grpc.is_some_and(grpc::Status::is_failure) && self.target.is_some() && !self.is_moved;
         self.has_failed || self.shielded.is_some() || status.is_server_error() || is_failed_call
     }
 
@@ -586,13 +588,15 @@ impl Drop for Exchange {
             let ours = self.metrics.all.has_ended();
             let error = if ours { CUT_OFF } else { CLIENT_GONE };
             self.error.get_or_insert(error);
+            // Counted already: it is no failure of the version.
+            self.has_failed |= ours;
         }
         let outcome = Outcome {
             began: self.started,
             ended: self.started + duration,
             target: self.target.as_deref().map(TargetMetrics::labels),
             status,
-            grpc_status: grpc.map(grpc::Status::as_str),
+            grpc,
             error: self.error,
             has_failed: self.is_failure(status, grpc),
             bytes,
@@ -678,8 +682,8 @@ impl Entry {
         if !line.filter().takes(candidates, &ended, fastrand::f64()) {
             return line.discard();
         }
-        if let Some(grpc) = outcome.grpc_status {
-            line.field("grpc_status", LogValue::Text(grpc));
+        if let Some(grpc) = outcome.grpc {
+            line.field("grpc_status", LogValue::Text(grpc.as_str()));
         }
         if let Some(endpoint) = endpoint {
             line.field("endpoint", LogValue::Text(&endpoint.authority));

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use http::header::{HeaderMap, USER_AGENT};
+use http::header::{HeaderMap, HeaderValue, USER_AGENT};
 use http::{Method, Request, StatusCode, Version};
 use smallvec::SmallVec;
 use tokio::time::Instant;
@@ -15,8 +15,9 @@ use tokio::time::Instant;
 use crate::backend::{Backend, Endpoint};
 use crate::routing::Decision;
 use crate::telemetry::metrics::TargetLabels;
-use crate::telemetry::trace::{AttemptSpan, RequestSpan, SpanContext, WorkerTracer};
+use crate::telemetry::trace::{AttemptSpan, RequestSpan, SpanContext, TRACESTATE, WorkerTracer};
 
+use super::grpc;
 use super::origin::{Origin, named_host};
 
 /// Texts of clients are cut off after so many bytes.
@@ -27,6 +28,7 @@ const LONGEST_TEXT: usize = 1024;
 pub(super) struct Recording {
     tracer: Rc<WorkerTracer>,
     context: SpanContext,
+    trace_state: Box<str>,
     method: Method,
     version: Version,
     host: Box<str>,
@@ -59,7 +61,7 @@ pub(super) struct Outcome<'e> {
     pub(super) ended: Instant,
     pub(super) target: Option<&'e TargetLabels>,
     pub(super) status: StatusCode,
-    pub(super) grpc_status: Option<&'static str>,
+    pub(super) grpc: Option<grpc::Status>,
     pub(super) error: Option<&'static str>,
     pub(super) has_failed: bool,
     pub(super) bytes: (u64, u64),
@@ -72,9 +74,14 @@ impl Recording {
     pub(super) fn begin<B>(tracer: &Rc<WorkerTracer>, request: &Request<B>) -> Self {
         let headers = request.headers();
         let agent = headers.get(USER_AGENT);
+        let context = tracer.begin(headers);
+        let state = headers
+            .get(TRACESTATE)
+            .map_or(&b""[..], HeaderValue::as_bytes);
         Self {
             tracer: Rc::clone(tracer),
-            context: tracer.begin(headers),
+            trace_state: text(if context.is_continued() { state } else { b"" }),
+            context,
             method: request.method().clone(),
             version: request.version(),
             host: text(named_host(request).unwrap_or_default()),
@@ -158,8 +165,10 @@ impl Recording {
     }
 
     fn into_span(self, outcome: &Outcome<'_>) -> RequestSpan {
+        let attempts = self.attempts.into_iter();
         RequestSpan {
             context: self.context,
+            trace_state: self.trace_state,
             began: outcome.began,
             ended: outcome.ended,
             method: self.method,
@@ -179,11 +188,11 @@ impl Recording {
             rule: self.rule,
             shielded_by: self.shielded_by,
             status: outcome.status,
-            grpc_status: outcome.grpc_status,
+            grpc_status: outcome.grpc.map(grpc::Status::as_str),
             error: outcome.error,
             has_failed: outcome.has_failed,
             bytes: outcome.bytes,
-            attempts: self.attempts.into_iter().map(Attempt::into_span).collect(),
+            attempts: attempts.map(|one| one.into_span(outcome)).collect(),
         }
     }
 }
@@ -191,8 +200,12 @@ impl Recording {
 // === impl Attempt ===
 
 impl Attempt {
-    fn into_span(self) -> AttemptSpan {
+    fn into_span(self, outcome: &Outcome<'_>) -> AttemptSpan {
+        // That of the last one is the request's.
+        let grpc = outcome.grpc.filter(|_| self.ended.is_none());
         AttemptSpan {
+            grpc_status: grpc.map(grpc::Status::as_str),
+            is_failed_call: grpc.is_some_and(grpc::Status::is_failure),
             span_id: self.span_id,
             began: self.began,
             ended: self.ended,

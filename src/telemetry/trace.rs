@@ -36,7 +36,7 @@ use crate::url::Url;
 
 use exporter::Exporter;
 pub use exporter::Exporters;
-pub use span::{AttemptSpan, RequestSpan, SpanContext};
+pub use span::{AttemptSpan, RequestSpan, SpanContext, TRACESTATE};
 
 /// Which requests are traced, and where their spans go.
 #[derive(Clone, Debug, PartialEq)]

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::whole_file;
+use crate::whole_file::{self, Access};
 
 use super::{RuntimeWeights, SetWeights, Weights};
 
@@ -123,7 +123,8 @@ impl Unwritten {
         // Else the link would be replaced, and not what it leads to.
         let path = fs::canonicalize(&self.path).unwrap_or(self.path);
         read(&path).map_err(|reason| format!("what is there {reason}"))?;
-        whole_file::replace(&path, self.text.as_bytes(), 0o600).map_err(|error| error.to_string())
+        whole_file::replace(&path, self.text.as_bytes(), Access::Ours)
+            .map_err(|error| error.to_string())
     }
 }
 
@@ -156,11 +157,11 @@ mod tests {
         // Somebody else's, or left over from a write that was cut off.
         let victim = directory.path().join("victim");
         fs::write(&victim, "mine").unwrap();
-        symlink(&victim, beside(&path)).unwrap();
+        symlink(&victim, beside(&path, "new")).unwrap();
         Unwritten::new(&path, &weights()).write().unwrap();
         assert_eq!(read(&path), Ok(weights()));
         assert_eq!(fs::read_to_string(&victim).unwrap(), "mine");
-        assert!(!beside(&path).exists());
+        assert!(!beside(&path, "new").exists());
     }
 
     #[test]

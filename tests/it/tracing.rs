@@ -10,9 +10,11 @@ use opentelemetry_proto::tonic::trace::v1::Span;
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
 use tokio::net::TcpListener;
+use tonic::Request;
 
 use crate::cli::{Running, serin};
 use crate::support::collector::{Collector, Mood, attributes};
+use crate::support::grpc::{Caller, Service, note};
 use crate::support::tls::Authority;
 use crate::support::{Client, Proxy, Upstream, eventually, get, shop, single, with_head};
 
@@ -461,4 +463,104 @@ fn variables_that_cannot_be_used_are_named_without_what_they_hold() {
     let disabled = disabled.unwrap();
     assert!(disabled.status.success());
     assert!(String::from_utf8_lossy(&disabled.stderr).contains("OTEL_SDK_DISABLED"));
+}
+
+#[tokio::test]
+async fn what_a_drain_cuts_off_is_an_error_and_what_nobody_routes_is_none() {
+    let (upstream, collector) = (Upstream::start("one").await, Collector::start().await);
+    let none = ", sampling: { ratio: 0 }";
+    let config = "shutdown: { timeout: 300ms, lameDuck: 0s }\n".to_owned()
+        + "accessLog: { output: access.log, sampling: [ { ratio: 0 } ] }\n"
+        + &traced(&collector, "http", none)
+        + &single(upstream.address, "    hostnames: [ a.example ]\n");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("serin.yaml");
+    fs::write(&file, with_head(&config)).unwrap();
+    let mut running = Running::start(&file);
+    let (web, _) = running.addresses();
+    let mut client = Client::h2c(web).await;
+    let call = [
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+        ("host", "b.example"),
+    ];
+    client
+        .send(Method::POST, "/nowhere", &call, "")
+        .await
+        .unwrap();
+    let hanging = tokio::spawn(async move {
+        let mut client = Client::connect(web).await;
+        let headers = [("host", "a.example")];
+        client
+            .send(Method::GET, "/hold", &headers, "")
+            .await
+            .is_err()
+    });
+    eventually("it is on its way", || upstream.held() == 1).await;
+    running.signal("-TERM");
+    assert_eq!(running.code(), Some(0));
+    assert!(hanging.await.unwrap());
+    let (server, clients) = server_and_clients(collector.spans());
+    let said = attributes(&server.attributes);
+    assert_eq!(
+        (&*said["url.path"], &*said["error.type"]),
+        ("/hold", "cut_off")
+    );
+    assert_eq!(clients.len(), 1);
+    let log = fs::read_to_string(directory.path().join("access.log")).unwrap();
+    assert_eq!(log.lines().count(), 1, "{log}");
+    assert!(log.contains("\"error\":\"cut_off\""), "{log}");
+}
+
+#[tokio::test]
+async fn a_call_that_failed_says_so_by_its_own_status() {
+    let (service, collector) = (Service::start("one").await, Collector::start().await);
+    let config = traced(&collector, "grpc", ", sampling: { ratio: 0 }")
+        + &format!(
+            "backends: [ {{ name: only, protocol: h2c, endpoints: ['{}'] }} ]
+routes: [ {{ name: all, backendRefs: [ {{ name: only }} ] }} ]
+",
+            service.address
+        );
+    let proxy = Proxy::start(&config);
+    let caller = Caller::connect(proxy.address()).await;
+    caller
+        .unary("Fail", Request::new(note("", 14)))
+        .await
+        .unwrap_err();
+    let (server, clients) = server_and_clients(collector.await_spans(2).await);
+    for span in [&server, &clients[0]] {
+        let said = attributes(&span.attributes);
+        assert_eq!(
+            (&*said["rpc.grpc.status_code"], &*said["error.type"]),
+            ("14", "14")
+        );
+        assert_eq!(span.status.as_ref().unwrap().code(), StatusCode::Error);
+    }
+}
+
+#[tokio::test]
+async fn spans_for_a_collector_that_is_no_longer_configured_are_exported_to_the_last() {
+    let upstream = Upstream::start("one").await;
+    let (first, second) = (Collector::start().await, Collector::start().await);
+    let config = |collector| traced(collector, "http", ALL) + &single(upstream.address, "");
+    let proxy = Proxy::start(&config(&first));
+    get(
+        proxy.address(),
+        "/first",
+        &[("tracestate", "a=1"), ("traceparent", TRACEPARENT)],
+    )
+    .await;
+    proxy.replace(&config(&second)).await;
+    get(proxy.address(), "/second", &[]).await;
+    proxy.replace(&single(upstream.address, "")).await;
+    proxy.shut_down().await;
+    assert_eq!((first.spans().len(), second.spans().len()), (2, 2));
+    assert!(first.spans().iter().all(|span| span.trace_state == "a=1"));
+    assert!(
+        second
+            .spans()
+            .iter()
+            .all(|span| span.trace_state.is_empty())
+    );
 }

@@ -79,10 +79,9 @@ impl Writer {
     fn open_anew(&mut self) {
         let output = &self.output;
         match open(output) {
-            Ok((file, torn)) => {
-                (self.file, self.torn) = (file, torn);
-                self.growing = false;
+            Ok(opened) => {
                 info!(%output, "access log opened anew");
+                self.goes_on_in(opened);
             }
             Err(error) => warn!(
                 %output, %error,
@@ -94,7 +93,10 @@ impl Writer {
     fn write(&mut self, batch: &Batch) {
         if let (Output::File(path), Some(rotation)) = (&self.output, self.shared.rotation()) {
             match rotate(path, &self.file, rotation, batch.text.len() as u64) {
-                Ok(Rotated::Yes) => self.open_anew(),
+                Ok(Rotated::Yes) => match open(&self.output) {
+                    Ok(opened) => self.goes_on_in(opened),
+                    Err(error) => self.grows(&error),
+                },
                 Ok(Rotated::No) => {}
                 Err(error) => self.grows(&error),
             }
@@ -116,6 +118,11 @@ impl Writer {
                 }
             }
         }
+    }
+
+    fn goes_on_in(&mut self, (file, torn): (File, bool)) {
+        (self.file, self.torn) = (file, torn);
+        self.growing = false;
     }
 
     /// The file cannot be rotated; said once, and not with every batch.

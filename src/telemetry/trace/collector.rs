@@ -8,10 +8,11 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use http::header::{CONTENT_TYPE, HOST, HeaderMap, HeaderValue, RETRY_AFTER, TE, USER_AGENT};
 use http::{Request, Response, StatusCode, Uri};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::TokioExecutor;
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
+use percent_encoding::percent_decode;
 use prost::Message;
 use rustls::pki_types::ServerName;
 use tokio_rustls::TlsConnector;
@@ -111,9 +112,14 @@ impl<'d> Collector<'d> {
         };
         let (head, body) = response.map_err(Refusal::gone)?.into_parts();
         let body = Limited::new(body, LARGEST_ANSWER).collect().await;
-        let body = body.map_err(Refusal::gone)?;
-        let trailers = body.trailers().cloned().unwrap_or_default();
-        let answer = Response::from_parts(head, body.to_bytes());
+        let (trailers, body) = match body {
+            Ok(body) => (body.trailers().cloned(), body.to_bytes()),
+            // The status counts: what was taken must not be sent again.
+            Err(error) if error.is::<LengthLimitError>() => (None, Bytes::new()),
+            Err(error) => return Err(Refusal::gone(error)),
+        };
+        let trailers = trailers.unwrap_or_default();
+        let answer = Response::from_parts(head, body);
         match destination.protocol {
             Protocol::Grpc => called(&answer, &trailers),
             Protocol::Http => posted(&answer),
@@ -204,11 +210,9 @@ fn called(answer: &Response<Bytes>, trailers: &HeaderMap) -> Result<Taken, Refus
     match status {
         Some(0) => Ok(Taken::of(answer.body().get(FRAME..).unwrap_or_default())),
         Some(status) => {
-            let message = field("grpc-message").and_then(|message| message.to_str().ok());
-            let reason = format!(
-                "the collector answers with gRPC status {status}: {}",
-                message.unwrap_or_default()
-            );
+            let message = field("grpc-message").map_or(&b""[..], HeaderValue::as_bytes);
+            let message = percent_decode(message).decode_utf8_lossy();
+            let reason = format!("the collector answers with gRPC status {status}: {message}");
             // CANCELLED, DEADLINE_EXCEEDED, ABORTED, OUT_OF_RANGE, UNAVAILABLE, DATA_LOSS: OTLP, "Failures".
             let is_passing = matches!(status, 1 | 4 | 10 | 11 | 14 | 15);
             Err(Refusal {

@@ -1,8 +1,10 @@
 //! The thread that exports spans, and alone waits for the collector.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use metrics::Counter;
@@ -11,6 +13,7 @@ use tokio::time::{Instant as At, sleep, sleep_until};
 use tracing::{debug, info, warn};
 
 use crate::telemetry::metrics::Metrics;
+use crate::url::Url;
 
 use super::Destination;
 use super::collector::{Again, Collector, Refusal, Taken};
@@ -32,10 +35,18 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause, whatever the collector asks for: meanwhile the queue fills.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
-/// All exporters of the process that are in use.
+/// All exporters of the process that are in use, or have spans left to export.
 pub struct Exporters {
-    all: Mutex<Vec<Arc<Exporter>>>,
+    all: Mutex<Vec<Opened>>,
     counts: Counts,
+}
+
+/// An exporter, for as long as a tracer has it, and its thread, which lives on until its queue is empty.
+struct Opened {
+    exporter: Weak<Exporter>,
+    collector: Url,
+    /// Nothing comes; it is closed when the thread ends.
+    ended: std::sync::mpsc::Receiver<Infallible>,
 }
 
 /// A queue, and the thread that empties it; that ends when this is dropped.
@@ -92,14 +103,19 @@ impl Exporters {
     /// The exporter for this destination.
     pub(super) fn open(&self, destination: &Destination) -> io::Result<Arc<Exporter>> {
         let mut all = self.lock();
-        // Those that no tracer has any more end with what they have in their queues.
-        all.retain(|exporter| Arc::strong_count(exporter) > 1);
-        if let Some(open) = all.iter().find(|one| one.destination == *destination) {
-            return Ok(Arc::clone(open));
+        all.retain(|opened| !opened.has_ended(Duration::ZERO));
+        let mut open = all.iter().filter_map(|opened| opened.exporter.upgrade());
+        if let Some(open) = open.find(|open| open.destination == *destination) {
+            return Ok(open);
         }
-        let opened = Arc::new(Exporter::start(destination, &self.counts)?);
-        all.push(Arc::clone(&opened));
-        Ok(opened)
+        let (exporter, ended) = Exporter::start(destination, &self.counts)?;
+        let exporter = Arc::new(exporter);
+        all.push(Opened {
+            exporter: Arc::downgrade(&exporter),
+            collector: destination.url.clone(),
+            ended,
+        });
+        Ok(exporter)
     }
 
     /// Waits until all spans are exported that were handed over, but not longer than `limit`; false,
@@ -107,9 +123,13 @@ impl Exporters {
     pub fn flush(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         let mut is_whole = true;
-        for exporter in &*self.lock() {
-            if !exporter.flush(deadline) {
-                let collector = &exporter.destination.url;
+        for opened in &*self.lock() {
+            let is_done = match opened.exporter.upgrade() {
+                Some(exporter) => exporter.flush(deadline),
+                None => opened.has_ended(deadline.saturating_duration_since(Instant::now())),
+            };
+            if !is_done {
+                let collector = &opened.collector;
                 warn!(%collector, "the last spans could not be exported in time");
                 is_whole = false;
             }
@@ -117,7 +137,7 @@ impl Exporters {
         is_whole
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Exporter>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Opened>> {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -128,22 +148,36 @@ impl fmt::Debug for Exporters {
     }
 }
 
+// === impl Opened ===
+
+impl Opened {
+    /// True once the thread has ended, or ends within this time.
+    fn has_ended(&self, limit: Duration) -> bool {
+        let ended = self.ended.recv_timeout(limit);
+        matches!(ended, Err(RecvTimeoutError::Disconnected))
+    }
+}
+
 // === impl Exporter ===
 
 impl Exporter {
-    fn start(destination: &Destination, counts: &Counts) -> io::Result<Self> {
+    fn start(
+        destination: &Destination,
+        counts: &Counts,
+    ) -> io::Result<(Self, std::sync::mpsc::Receiver<Infallible>)> {
         let (exporter, job) = Self::with_job(destination, counts);
+        let (ending, ended) = std::sync::mpsc::channel();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
         std::thread::Builder::new()
             .name("serin-trace".into())
             .spawn(move || {
+                // Dropped last.
+                let _ending = ending;
                 runtime.block_on(job.run());
-                // A name may still be being resolved.
-                runtime.shutdown_background();
             })?;
-        Ok(exporter)
+        Ok((exporter, ended))
     }
 
     fn with_job(destination: &Destination, counts: &Counts) -> (Self, Job) {
@@ -295,7 +329,7 @@ impl Job {
     /// Waits before the same is sent again, unless somebody waits for the end.
     async fn pause(&mut self, again: Again, retries: u32) {
         let pause = match again {
-            Again::After(pause) => pause,
+            Again::After(pause) => pause.max(FIRST_PAUSE),
             // Full jitter, so that many proxies do not come back together.
             Again::Sometime => {
                 (FIRST_PAUSE * 2_u32.pow(retries)).mul_f64(0.5 + fastrand::f64() / 2.0)

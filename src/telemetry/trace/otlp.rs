@@ -86,6 +86,7 @@ impl RequestSpan {
     fn write(self, clock: &Clock, spans: &mut Vec<Span>) {
         let shared = Span {
             trace_id: self.context.trace_id.to_be_bytes().to_vec(),
+            trace_state: self.trace_state.to_string(),
             flags: u32::from(self.context.flags()) | SpanFlags::ContextHasIsRemoteMask as u32,
             ..Span::default()
         };
@@ -129,7 +130,8 @@ impl RequestSpan {
         let (address, port) = host_and_port(&self.host);
         let (bytes_in, bytes_out) = self.bytes;
         let status = self.status.as_str();
-        let failure = self.has_failed.then(|| self.error.unwrap_or(status));
+        let failure = self.error.or(self.grpc_status).unwrap_or(status);
+        let failure = self.has_failed.then_some(failure);
         let target = self.target.as_ref();
         let tls = self.tls.map(|version| version.trim_start_matches("TLSv"));
         let mut attributes = vec![
@@ -170,7 +172,9 @@ impl RequestSpan {
 
 impl AttemptSpan {
     fn has_failed(&self) -> bool {
-        self.error.is_some() || self.status.is_some_and(|status| status.is_server_error())
+        self.error.is_some()
+            || self.is_failed_call
+            || self.status.is_some_and(|status| status.is_server_error())
     }
 
     fn attributes(&self, position: usize, asked: &Method) -> Vec<KeyValue> {
@@ -189,7 +193,10 @@ impl AttemptSpan {
             attributes.push(number("http.response.status_code", status.as_u16().into()));
         }
         let status = self.status.as_ref().map(http::StatusCode::as_str);
-        let failure = self.error.or(status.filter(|_| self.has_failed()));
+        let failure = self.error.or(self.grpc_status).or(status);
+        let failure = failure.filter(|_| self.has_failed());
+        let grpc = self.grpc_status.and_then(|status| status.parse().ok());
+        attributes.extend(grpc.map(|status| number("rpc.grpc.status_code", status)));
         attributes.extend(failure.map(|failure| text("error.type", failure)));
         attributes
     }

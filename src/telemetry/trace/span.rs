@@ -10,7 +10,8 @@ use tokio::time::Instant;
 use crate::telemetry::metrics::TargetLabels;
 use crate::telemetry::trace_context::{TRACEPARENT, TraceContext};
 
-const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+/// What vendors say of a trace.
+pub const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// The span of a request among those of its trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub struct SpanContext {
 pub struct RequestSpan {
     /// Where it belongs.
     pub context: SpanContext,
+    /// What vendors say of its trace.
+    pub trace_state: Box<str>,
     /// When its head stood.
     pub began: Instant,
     /// When it ended.
@@ -88,6 +91,10 @@ pub struct AttemptSpan {
     pub endpoint: SocketAddr,
     /// What it answered.
     pub status: Option<StatusCode>,
+    /// How the call has ended, if it was one.
+    pub grpc_status: Option<&'static str>,
+    /// By the service's fault.
+    pub is_failed_call: bool,
     /// What went wrong.
     pub error: Option<&'static str>,
 }
