@@ -301,7 +301,14 @@ fn run_import(file: &Path) -> ExitCode {
             for note in &imported.notes {
                 tell(&format!("note: {note}"));
             }
-            print(&imported.config)
+            let code = print(&imported.config);
+            for problem in &imported.mending {
+                tell(&format!("error: to be mended by hand: {problem}"));
+            }
+            match &imported.mending[..] {
+                [] => code,
+                _ => ExitCode::from(INVALID),
+            }
         }
         Err(reason) => fail(INVALID, &format!("error: {} {reason}", file.display())),
     }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 /// What a file holds.
@@ -30,17 +30,18 @@ pub(super) struct Metadata {
     pub(super) name: String,
     #[serde(default = "default_namespace")]
     pub(super) namespace: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_nothing")]
     annotations: BTreeMap<String, Value>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct IngressSpec {
+    pub(super) ingress_class_name: Option<String>,
     pub(super) default_backend: Option<Backend>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_nothing")]
     pub(super) rules: Vec<Rule>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_nothing")]
     pub(super) tls: Vec<Tls>,
 }
 
@@ -52,6 +53,7 @@ pub(super) struct Rule {
 
 #[derive(Debug, Deserialize)]
 pub(super) struct Http {
+    #[serde(default, deserialize_with = "or_nothing")]
     pub(super) paths: Vec<Path>,
 }
 
@@ -94,7 +96,7 @@ pub(super) struct ServicePort {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Tls {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_nothing")]
     pub(super) hosts: Vec<String>,
     pub(super) secret_name: Option<String>,
 }
@@ -124,6 +126,13 @@ struct Port {
     target_port: Option<Value>,
 }
 
+/// What stands there without a value, as templates write it that had nothing to write.
+fn or_nothing<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+    deserializer: D,
+) -> Result<T, D::Error> {
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
 fn default_namespace() -> String {
     "default".to_owned()
 }
@@ -151,17 +160,24 @@ impl Manifests {
             return Ok(());
         }
         let text = |key: &str| document.get(key).and_then(Value::as_str).map(str::to_owned);
-        let kind = text("kind").ok_or("holds something that is no manifest: it has no `kind`")?;
+        let Some(kind) = text("kind") else {
+            self.others.push("something without a `kind`".to_owned());
+            return Ok(());
+        };
         let version = text("apiVersion").unwrap_or_default();
         match (&*kind, &*version) {
-            (_, _) if kind.ends_with("List") => {
-                let Value::Object(mut list) = document else {
-                    return Ok(());
-                };
-                if let Some(Value::Array(items)) = list.remove("items") {
-                    for item in items {
-                        self.add(item)?;
+            _ if kind.ends_with("List") => {
+                let items = document.get("items").and_then(Value::as_array);
+                for item in items.into_iter().flatten() {
+                    let mut item = item.clone();
+                    // Those of a list of one kind need not repeat it.
+                    if let Value::Object(item) = &mut item {
+                        let of_list = kind.trim_end_matches("List");
+                        item.entry("kind").or_insert_with(|| of_list.into());
+                        item.entry("apiVersion")
+                            .or_insert_with(|| version.as_str().into());
                     }
+                    self.add(item)?;
                 }
             }
             ("Ingress", "networking.k8s.io/v1") => self.ingresses.push(typed(document, &kind)?),
@@ -202,6 +218,20 @@ impl Metadata {
     /// As messages name it.
     pub(super) fn full_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
+    }
+}
+
+// === impl Ingress ===
+
+impl Ingress {
+    /// Whose it is.
+    pub(super) fn class(&self) -> Option<String> {
+        let of_old = || {
+            let mut annotations = self.metadata.annotations();
+            let class = annotations.find(|(name, _)| *name == "kubernetes.io/ingress.class");
+            class.map(|(_, class)| class)
+        };
+        self.spec.ingress_class_name.clone().or_else(of_old)
     }
 }
 

@@ -5,11 +5,16 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::path::Path as FilePath;
 
 use regex::Regex;
 
+use crate::config::load::{load_list, load_text};
+use crate::config::problem::Severity;
+use crate::config::value::{self, MAX_WEIGHT};
+
 use super::Imported;
-use super::ingress::{Ingress, Manifests, Path, PathType, ServiceRef, read};
+use super::ingress::{Ingress, Manifests, Path, PathType, Rule, ServiceRef, read};
 use super::yaml::{Lines, list, scalar};
 
 const PREFIX: &str = "nginx.ingress.kubernetes.io/";
@@ -31,7 +36,7 @@ const WEIGHT_TOTAL: u32 = 100;
 /// What an Ingress says of one path of one host.
 struct Place<'m> {
     ingress: &'m Ingress,
-    host: Option<&'m str>,
+    host: Option<String>,
     path: String,
     path_type: PathType,
     service: &'m ServiceRef,
@@ -43,7 +48,7 @@ struct Group<'m> {
     /// Of which Ingress.
     ingress: &'m str,
     namespace: &'m str,
-    hosts: Vec<&'m str>,
+    hosts: Vec<String>,
     matches: Vec<String>,
     stable: String,
     canary: Option<Canary>,
@@ -64,7 +69,7 @@ struct Canary {
 /// Translates as it goes, and takes note of what cannot be.
 struct Translation<'m> {
     manifests: &'m Manifests,
-    /// The lines of backends, by name.
+    /// What is said of backends, by name.
     backends: BTreeMap<String, String>,
     notes: Vec<String>,
 }
@@ -85,6 +90,9 @@ pub fn import(text: &str) -> Result<Imported, String> {
         notes: Vec::new(),
     };
     let groups = translation.groups();
+    if groups.is_empty() {
+        return Err("holds no Ingress that leads to a Service, but for canaries".to_owned());
+    }
     translation.note_the_rest();
     let Translation {
         backends,
@@ -93,10 +101,22 @@ pub fn import(text: &str) -> Result<Imported, String> {
     } = translation;
     let mut told = std::collections::HashSet::new();
     notes.retain(|note| told.insert(note.clone()));
+    let config = write(manifests.ingresses.len(), &backends, &groups);
+    let mending = complaints(&config);
     Ok(Imported {
-        config: write(manifests.ingresses.len(), &backends, &groups),
+        config,
         notes,
+        mending,
     })
+}
+
+/// What `serin check` will say against a configuration: names and paths that Kubernetes takes and Serin does not.
+fn complaints(config: &str) -> Vec<String> {
+    let checked = load_text(FilePath::new("serin.yaml"), config, &mut load_list);
+    let problems = checked.err().map(|problems| problems.problems);
+    let errors = problems.into_iter().flatten();
+    let errors = errors.filter(|problem| problem.severity == Severity::Error);
+    errors.map(|problem| format!("line {problem}")).collect()
 }
 
 // === impl Translation ===
@@ -115,7 +135,17 @@ impl<'m> Translation<'m> {
             .map(|place| (place, false))
             .collect();
         let mut groups: Vec<Group<'m>> = Vec::new();
-        for main in &mains {
+        for (position, main) in mains.iter().enumerate() {
+            if let Some(other) = mains[..position]
+                .iter()
+                .find(|other| main.is_same_place(other))
+            {
+                let (name, other) = (main.name(), other.name());
+                self.notes.push(format!(
+                    "{name}: {main} is {other}'s already, and is left out"
+                ));
+                continue;
+            }
             let Some(matched) = self.path_match(main) else {
                 continue;
             };
@@ -132,12 +162,12 @@ impl<'m> Translation<'m> {
                 self.notes.push(format!("{name}: ingress-nginx takes one canary for {main}, and so another one is left out"));
             }
             let stable = self.backend(main, main);
-            let canary = canary.map(|canary| self.canary(canary, main, &stable));
+            let canary = canary.and_then(|canary| self.canary(canary, main, &stable));
             let more = self.more(main);
             let place = Group {
                 ingress: &main.ingress.metadata.name,
                 namespace: &main.ingress.metadata.namespace,
-                hosts: main.host.into_iter().collect(),
+                hosts: main.host.clone().into_iter().collect(),
                 matches: vec![matched],
                 stable,
                 canary,
@@ -162,7 +192,7 @@ impl<'m> Translation<'m> {
         let mut places = Vec::new();
         let paths = ingress.spec.rules.iter().flat_map(|rule| {
             let paths = rule.http.iter().flat_map(|http| &http.paths);
-            paths.map(|path| (rule.host.as_deref().filter(|host| !host.is_empty()), path))
+            paths.map(|path| (host_of(rule), path))
         });
         for (
             host,
@@ -189,17 +219,27 @@ impl<'m> Translation<'m> {
             });
         }
         let default = ingress.spec.default_backend.as_ref();
-        places.extend(
-            default
-                .and_then(|default| default.service.as_ref())
-                .map(|service| Place {
+        let Some(service) = default.and_then(|default| default.service.as_ref()) else {
+            return places;
+        };
+        // Of the hosts that it has rules for, or of all.
+        let mut hosts: Vec<Option<String>> = ingress.spec.rules.iter().map(host_of).collect();
+        if hosts.is_empty() {
+            hosts.push(None);
+        }
+        hosts.dedup();
+        for host in hosts {
+            let whole = |place: &&Place<'_>| (&place.host, &*place.path) == (&host, "/");
+            if !places.iter().any(|place| whole(&place)) {
+                places.push(Place {
                     ingress,
-                    host: None,
+                    host,
                     path: "/".to_owned(),
                     path_type: PathType::Prefix,
                     service,
-                }),
-        );
+                });
+            }
+        }
         places
     }
 
@@ -214,8 +254,15 @@ impl<'m> Translation<'m> {
                 scalar(prefix)
             ));
         }
-        let is_regex = place.annotation("use-regex").as_deref() == Some("true");
-        if !is_regex && !path.contains(['(', '[', '*', '^', '$', '\\']) {
+        let uses_regex = place.annotation("use-regex").as_deref() == Some("true");
+        let is_rewritten = place.annotation("rewrite-target").is_some();
+        let is_regex = (uses_regex || is_rewritten) && has_regex(path);
+        if !is_regex {
+            if place.path_type == PathType::ImplementationSpecific && !path.ends_with('/') {
+                self.notes.push(format!(
+                    "{name}: ingress-nginx takes {path} for the beginning of any path, `{path}x` among them; here it is a whole element"
+                ));
+            }
             let kind = match place.path_type {
                 PathType::Exact => "Exact",
                 PathType::Prefix | PathType::ImplementationSpecific => "PathPrefix",
@@ -223,7 +270,7 @@ impl<'m> Translation<'m> {
             return Some(format!("path: {{ type: {kind}, value: {} }}", scalar(path)));
         }
         // nginx looks for it from the beginning, does not care for the end, nor for capitals.
-        let anchored = format!("(?i){}.*", path.trim_start_matches('^'));
+        let anchored = format!("(?i)(?:{}).*", path.trim_start_matches('^'));
         if let Err(error) = Regex::new(&anchored) {
             let reason = error.to_string();
             let reason = reason.lines().last().unwrap_or_default().trim();
@@ -266,11 +313,13 @@ impl<'m> Translation<'m> {
         let backend = self.backend_name(namespace, name, port.name.as_deref(), number);
         let transport = self.transport(main);
         let host = format!("{name}.{namespace}.svc.cluster.local.:{number}");
-        let line = format!(
-            "- {{ name: {backend}, endpoints: [ {} ]{transport} }}",
-            scalar(&host)
-        );
-        self.backends.insert(backend.clone(), line);
+        let rest = format!("endpoints: [ {} ]{transport}", scalar(&host));
+        // Names of namespaces and Services may come together in one way only by chance.
+        let numbered = (2..).map(|number| format!("{backend}-{number}"));
+        let mut names = std::iter::once(backend.clone()).chain(numbered);
+        let is_free = |name: &String| self.backends.get(name).is_none_or(|other| *other == rest);
+        let backend = names.find(is_free).unwrap_or(backend);
+        self.backends.insert(backend.clone(), rest);
         backend
     }
 
@@ -328,7 +377,7 @@ impl<'m> Translation<'m> {
         }
     }
 
-    fn canary(&mut self, canary: &Place<'_>, main: &Place<'_>, stable: &str) -> Canary {
+    fn canary(&mut self, canary: &Place<'_>, main: &Place<'_>, stable: &str) -> Option<Canary> {
         let name = canary.ingress.metadata.full_name();
         let mut number = |key: &str, default: u32| match canary.annotation(key) {
             None => default,
@@ -342,11 +391,20 @@ impl<'m> Translation<'m> {
         // ingress-nginx takes a total only if it is larger.
         let total = number("canary-weight-total", WEIGHT_TOTAL).max(WEIGHT_TOTAL);
         let weight = number("canary-weight", 0).min(total);
+        // Serin's weights end there.
+        let (weight, total) = match total {
+            0..=MAX_WEIGHT => (weight, total),
+            _ => {
+                let part = u64::from(weight) * u64::from(MAX_WEIGHT) / u64::from(total);
+                (part as u32, MAX_WEIGHT)
+            }
+        };
         let backend = self.backend(canary, main);
         if backend == stable {
             self.notes.push(format!(
-                "{name}: the canary is the same Service as that of {main}"
+                "{name}: the canary of {main} is left out, since it is the same Service"
             ));
+            return None;
         }
         let is_sticky = main.annotation("affinity").as_deref() == Some("cookie")
             && main.annotation("affinity-canary-behavior").as_deref() != Some("legacy");
@@ -361,13 +419,30 @@ impl<'m> Translation<'m> {
                     .to_owned(),
             );
         }
-        Canary {
+        Some(Canary {
             rules: self.rules(canary, &backend, stable),
             backend,
             weight,
             total,
             is_sticky,
+        })
+    }
+
+    /// The name of a header or cookie that a rule looks at; `None` for one that Serin has no rules for.
+    fn rule_name<T>(
+        &mut self,
+        canary: &Place<'_>,
+        key: &str,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Option<String> {
+        let name = canary.annotation(key)?;
+        if let Err(reason) = parse(&name) {
+            let ingress = canary.name();
+            self.notes
+                .push(format!("{ingress}: {key} is left out: `{name}` {reason}"));
+            return None;
         }
+        Some(name)
     }
 
     fn rules(&mut self, canary: &Place<'_>, backend: &str, stable: &str) -> Vec<String> {
@@ -376,7 +451,7 @@ impl<'m> Translation<'m> {
             let key = scalar(key);
             format!("- {{ name: {name}, {kind}: {{ name: {key}, {how} }}, backend: {to} }}")
         };
-        if let Some(header) = canary.annotation("canary-by-header") {
+        if let Some(header) = self.rule_name(canary, "canary-by-header", value::header_name) {
             let value = canary
                 .annotation("canary-by-header-value")
                 .filter(|it| !it.is_empty());
@@ -412,7 +487,7 @@ impl<'m> Translation<'m> {
                 }
             }
         }
-        if let Some(cookie) = canary.annotation("canary-by-cookie") {
+        if let Some(cookie) = self.rule_name(canary, "canary-by-cookie", value::parameter_name) {
             rules.push(rule(
                 "cookie-always",
                 "cookie",
@@ -455,7 +530,7 @@ impl<'m> Translation<'m> {
                 (Some(_), "/$2") => {
                     Some("type: ReplacePrefixMatch, replacePrefixMatch: /".to_owned())
                 }
-                (_, target) if !target.contains('$') => Some(format!(
+                (_, target) if target.starts_with('/') && !target.contains('$') => Some(format!(
                     "type: ReplaceFullPath, replaceFullPath: {}",
                     scalar(target)
                 )),
@@ -498,6 +573,14 @@ impl<'m> Translation<'m> {
         ];
         for ingress in &self.manifests.ingresses {
             let name = ingress.metadata.full_name();
+            if let Some(class) = ingress.class().filter(|class| !class.contains("nginx")) {
+                self.notes.push(format!(
+                    "{name}: it is of the class `{class}`, and translated all the same"
+                ));
+            }
+            if annotation(ingress, "use-regex").as_deref() == Some("true") {
+                self.notes.push(format!("{name}: ingress-nginx takes all paths of its hosts as regular expressions, those of other Ingresses among them; here only its own are"));
+            }
             for (key, value) in ingress.metadata.annotations() {
                 let Some(key) = key.strip_prefix(PREFIX) else {
                     continue;
@@ -541,13 +624,23 @@ impl Place<'_> {
     /// True for the same requests.
     fn shares(&self, main: &Self) -> bool {
         self.ingress.metadata.namespace == main.ingress.metadata.namespace
-            && (self.host, &self.path) == (main.host, &main.path)
+            && self.is_same_place(main)
+    }
+
+    fn is_same_place(&self, other: &Self) -> bool {
+        (&self.host, &self.path, self.path_type) == (&other.host, &other.path, other.path_type)
+    }
+
+    /// The name of its Ingress.
+    fn name(&self) -> String {
+        self.ingress.metadata.full_name()
     }
 }
 
 impl std::fmt::Display for Place<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}{}", self.host.unwrap_or("any host, "), self.path)
+        let host = self.host.as_deref().unwrap_or("any host, ");
+        write!(f, "{host}{}", self.path)
     }
 }
 
@@ -587,6 +680,18 @@ fn merge_hosts(groups: Vec<Group<'_>>) -> Vec<Group<'_>> {
         }
     }
     merged
+}
+
+/// The host of a rule; `None` for any. Hosts are alike in capitals and small letters.
+fn host_of(rule: &Rule) -> Option<String> {
+    let host = rule.host.as_deref()?.trim().to_ascii_lowercase();
+    (!host.is_empty() && host != "*").then_some(host)
+}
+
+/// True for a path that means something else as a regular expression than as it stands. Dots are in the names of
+/// files, and mean them.
+fn has_regex(path: &str) -> bool {
+    path.contains(['(', '[', '{', '*', '+', '?', '^', '$', '|', '\\'])
 }
 
 fn is_canary(ingress: &Ingress) -> bool {
@@ -642,8 +747,8 @@ fn write(ingresses: usize, backends: &BTreeMap<String, String>, groups: &[Group<
     lines.add(0, "listeners: [ { name: web, address: \"0.0.0.0:8080\" } ]");
     lines.add(0, "admin: { address: \"0.0.0.0:9901\" }");
     lines.add(0, "backends:");
-    for line in backends.values() {
-        lines.add(1, line);
+    for (name, rest) in backends {
+        lines.add(1, &format!("- {{ name: {}, {rest} }}", scalar(name)));
     }
     lines.add(0, "routes:");
     let mut names = Vec::new();
@@ -674,7 +779,7 @@ impl Group<'_> {
         if !self.hosts.is_empty() {
             lines.add(
                 2,
-                &format!("hostnames: {}", list(self.hosts.iter().copied())),
+                &format!("hostnames: {}", list(self.hosts.iter().map(String::as_str))),
             );
         }
         lines.add(2, "matches:");

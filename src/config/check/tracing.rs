@@ -85,6 +85,10 @@ impl Checker<'_> {
                 format!("{port} is usually the port for {other}, and this speaks {protocol}");
             self.warn(&at.key("protocol"), message, None);
         }
+        if protocol == Protocol::Grpc && url.path != "/" {
+            let message = "gRPC has paths of its own, so that of the URL means nothing";
+            self.warn(&at.key("endpoint"), message, None);
+        }
         let tls = self.collector_tls(tracing, url.is_encrypted, protocol, at);
         let is_whole = tracing.endpoint.is_none() && self.variable(WHOLE_ENDPOINT).is_some();
         if protocol == Protocol::Http && !is_whole {

@@ -11,7 +11,12 @@ fn what_is_written_can_be_used_and_what_is_left_out_is_told() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("serin.yaml");
     for manifests in yaml_files(DATA) {
-        let Imported { config, notes } = import(&fs::read_to_string(&manifests).unwrap()).unwrap();
+        let Imported {
+            config,
+            notes,
+            mending,
+        } = import(&fs::read_to_string(&manifests).unwrap()).unwrap();
+        assert_eq!(mending, Vec::<String>::new());
         assert_golden(&manifests.with_extension("serin"), &config);
         assert_golden(
             &manifests.with_extension("notes"),
@@ -27,7 +32,7 @@ fn what_is_written_can_be_used_and_what_is_left_out_is_told() {
 fn what_is_no_manifest_is_an_error() {
     for (text, words) in [
         ("", "holds no Ingress"),
-        ("a: b", "it has no `kind`"),
+        ("a: b", "holds no Ingress"),
         ("a: [", "is no YAML"),
         (
             "kind: Service\napiVersion: v1\nmetadata: { name: a }",
@@ -41,6 +46,31 @@ fn what_is_no_manifest_is_an_error() {
         let error = import(text).unwrap_err();
         assert!(error.contains(words), "{text:?}: {error}");
     }
+}
+
+#[test]
+fn what_serin_cannot_use_is_told_as_check_would_tell_it() {
+    let manifest = "kind: Ingress
+apiVersion: networking.k8s.io/v1
+metadata: { name: a }
+spec:
+  rules:
+    - host: a_b.example.com
+      http: { paths: [ { path: /a/../b, pathType: Exact, backend: { service: { name: s, port: { number: 80 } } } } ] }
+";
+    let mending = import(manifest).unwrap().mending;
+    assert_eq!(mending.len(), 2, "{mending:#?}");
+    assert!(mending[0].starts_with("line ") && mending[0].contains("a_b.example.com"));
+    assert!(mending[1].contains("/a/../b"), "{mending:#?}");
+    let only_canary = manifest.replace(
+        "name: a }",
+        "name: a, annotations: { nginx.ingress.kubernetes.io/canary: 'true' } }",
+    );
+    assert!(
+        import(&only_canary)
+            .unwrap_err()
+            .contains("but for canaries")
+    );
 }
 
 #[test]
