@@ -2,6 +2,7 @@
 that are there, and that production changes when it may.
 """
 
+import copy
 import datetime
 import json
 import re
@@ -13,14 +14,14 @@ import pytest
 import yaml
 
 from conftest import DEPLOY, REPOSITORY, documents
-from manifests import CHART, KUBERNETES, build, insecure, invalid, named, of_kind
+from manifests import CHART, KUBERNETES, build, insecure, invalid, named, of_kind, release
 from running import program  # noqa: F401
 
 GITOPS = DEPLOY / "gitops"
 ARGO_CD = GITOPS / "argo-cd"
 FLUX = GITOPS / "flux"
 IMAGE = "ghcr.io/serin-proxy/serin"
-MARKER = re.compile(r'^ *(newTag|tag): (\S+) # (\{"\$imagepolicy": .*\})$', re.MULTILINE)
+MARKER = re.compile(r'^ *(newTag): (\S+) # (\{"\$imagepolicy": .*\})$', re.MULTILINE)
 
 
 def objects_in(directory):
@@ -121,15 +122,17 @@ def test_dev_follows_by_itself_and_production_by_hand(argo_cd):
     assert "finalizers" not in production["metadata"]
 
 
-def test_replicas_are_left_to_the_autoscaler(argo_cd, overlays):
-    target = named(overlays["deploy/kubernetes/overlays/production"], "HorizontalPodAutoscaler")["spec"][
-        "scaleTargetRef"
-    ]
+def test_replicas_are_left_to_the_autoscaler_where_there_is_one(argo_cd, overlays):
     for application in of_kind(argo_cd, "Application"):
-        (ignored,) = application["spec"]["ignoreDifferences"]
-        assert (ignored["kind"], ignored["name"]) == (target["kind"], target["name"])
-        assert ignored["jsonPointers"] == ["/spec/replicas"]
-        assert "RespectIgnoreDifferences=true" in application["spec"]["syncPolicy"]["syncOptions"]
+        spec = application["spec"]
+        scalers = of_kind(overlays[spec["source"]["path"]], "HorizontalPodAutoscaler")
+        targets = [scaler["spec"]["scaleTargetRef"] for scaler in scalers]
+        ignored = spec.get("ignoreDifferences", [])
+        assert [(item["kind"], item["name"]) for item in ignored] == [
+            (target["kind"], target["name"]) for target in targets
+        ]
+        assert all(item["jsonPointers"] == ["/spec/replicas"] for item in ignored)
+        assert ("RespectIgnoreDifferences=true" in spec["syncPolicy"]["syncOptions"]) is bool(scalers)
 
 
 def test_the_application_set_makes_the_same_applications(argo_cd, render):
@@ -187,8 +190,8 @@ def may_sync(project, application, when, by_hand):
         ("2026-11-28 10:00", False, False),
         ("2026-11-29 10:00", False, False),
         # The turn of the year.
-        ("2026-12-23 10:00", True, False),
-        ("2027-01-03 23:00", True, False),
+        ("2026-12-23 10:00", False, False),
+        ("2027-01-03 23:00", False, False),
         ("2027-01-04 10:00", True, True),
     ],
 )
@@ -198,6 +201,18 @@ def test_production_changes_in_working_hours(argo_cd, when, by_hand, itself):
     assert may_sync(project, "serin-production", moment, by_hand=True) is by_hand
     assert may_sync(project, "serin-production", moment, by_hand=False) is itself
     assert may_sync(project, "serin-dev", moment, by_hand=False) is True
+
+
+@pytest.mark.parametrize(
+    "number, when", [(0, "2026-11-28 10:00"), (1, "2026-12-23 10:00"), (1, "2026-12-26 03:00")]
+)
+def test_in_an_emergency_one_window_is_opened_for_syncs_by_hand(argo_cd, number, when):
+    """The number is that of the command in the project's comment."""
+    project = copy.deepcopy(named(argo_cd, "AppProject"))
+    project["spec"]["syncWindows"][number]["manualSync"] = True
+    moment = datetime.datetime.fromisoformat(when)
+    assert may_sync(project, "serin-production", moment, by_hand=True) is True
+    assert may_sync(project, "serin-production", moment, by_hand=False) is False
 
 
 # ------------------------------------------------------------------------------------------------------- Flux
@@ -275,9 +290,9 @@ def test_the_window_may_do_no_more_than_that(tools, flux, tmp_path):
 def test_new_images_are_proposed_for_lines_that_are_marked(flux):
     policies = {item["metadata"]["name"] for item in of_kind(flux, "ImagePolicy")}
     (automation,) = of_kind(flux, "ImageUpdateAutomation")
-    directory = REPOSITORY / automation["spec"]["update"]["path"]
-    marked = [match for file in directory.glob("*.yaml") for match in MARKER.finditer(file.read_text())]
-    assert {match[1] for match in marked} == {"newTag", "tag"}
+    files = list((REPOSITORY / automation["spec"]["update"]["path"]).rglob("kustomization.yaml"))
+    marked = [match for file in files for match in MARKER.finditer(file.read_text())]
+    assert len(marked) == len(files) == len(of_kind(flux, "Kustomization"))
     for match in marked:
         namespace, name, field = json.loads(match[3])["$imagepolicy"].split(":")
         assert (namespace, field) == (automation["metadata"]["namespace"], "tag") and name in policies
@@ -304,16 +319,23 @@ def test_releases_are_proposed_and_nothing_else(flux, tag, fits):
     assert bool(version and numbers[0] <= tuple(map(int, version.groups())) < numbers[1]) is fits
 
 
-def test_the_image_of_dev_is_the_one_that_flux_replaces(tools, flux, tmp_path):
-    """What `images` of a Kustomization does, done by kustomize."""
+@pytest.mark.parametrize("name", ["dev", "production"])
+def test_the_lines_that_are_marked_say_which_image_runs_and_the_base_does_not(tools, tmp_path, name):
+    """A release writes its version into the base before its image is there."""
     shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
-    overlay = tmp_path / "kubernetes" / "overlays" / "flux"
-    overlay.mkdir()
-    (image,) = named(flux, "Kustomization", "serin-dev")["spec"]["images"]
-    content = {"resources": ["../dev"], "images": [image | {"newTag": "9.9.9"}]}
-    (overlay / "kustomization.yaml").write_text(yaml.safe_dump(content))
-    deployment = named(build(tools, overlay), "Deployment")
-    assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == f"{IMAGE}:9.9.9"
+    base = tmp_path / "kubernetes" / "base" / "deployment.yaml"
+    text = base.read_text()
+    assert f"{IMAGE}:{release()}" in text
+    base.write_text(text.replace(f"{IMAGE}:{release()}", f"{IMAGE}:9.9.9"))
+    overlay = tmp_path / "kubernetes" / "overlays" / name
+    file = overlay / "kustomization.yaml"
+    file.write_text(MARKER.sub(lambda match: match[0].replace(match[2], "8.8.8"), file.read_text()))
+    (container,) = named(build(tools, overlay), "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["image"].partition("@")[0] == f"{IMAGE}:8.8.8"
+
+
+def test_nothing_but_the_overlay_says_which_image_runs(flux):
+    assert all("images" not in item["spec"] for item in of_kind(flux, "Kustomization"))
 
 
 def test_the_chart_takes_the_values_of_the_release(flux, program, tmp_path):  # noqa: F811
@@ -328,7 +350,7 @@ def test_the_chart_takes_the_values_of_the_release(flux, program, tmp_path):  # 
     objects = [item for item in objects if item]
     deployment = named(objects, "Deployment")
     assert "replicas" not in deployment["spec"]
-    assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == f"{IMAGE}:0.1.0"
+    assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == f"{IMAGE}:{release()}"
     for config in of_kind(objects, "ConfigMap"):
         for name, text in config["data"].items():
             (tmp_path / name).write_text(text)

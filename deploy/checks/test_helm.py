@@ -22,7 +22,7 @@ OWN_LABELS = {"helm.sh/chart", "app.kubernetes.io/managed-by"}
 PARITY = {
     "": {},
     "hpa": {"autoscaling": {"enabled": True}},
-    "hpa-in-flight": {"autoscaling": {"enabled": True, "inFlight": {"enabled": True}}},
+    "hpa hpa-in-flight": {"autoscaling": {"enabled": True, "inFlight": {"enabled": True}}},
     "prometheus-operator": {"serviceMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}},
     "writers": {"writers": {"existingSecret": "serin-writers"}},
 }
@@ -44,7 +44,7 @@ EVERYTHING = {
     "networkPolicy": {
         "clients": [{"namespaceSelector": {"matchLabels": {"serin.dev/client": "true"}}}],
         "extraIngress": [{"from": [{"ipBlock": {"cidr": "192.0.2.0/24"}}]}],
-        "extraEgress": [{"to": [{"ipBlock": {"cidr": "169.254.20.10/32"}}]}],
+        "extraEgress": [{"to": [{"ipBlock": {"cidr": "192.0.2.0/24"}}]}],
     },
     "serviceMonitor": {"enabled": True, "labels": {"release": "kube-prometheus-stack"}},
     "prometheusRule": {"enabled": True, "labels": {"release": "kube-prometheus-stack"}},
@@ -110,11 +110,12 @@ def by_name(objects, ignored):
 
 
 def component(tools, directory, name):
+    """What is built of the base with these components, if any."""
     shutil.copytree(KUBERNETES, directory)
     overlay = {
         "namespace": "serin",
         "resources": ["../base"],
-        "components": [f"../components/{name}"] if name else [],
+        "components": [f"../components/{part}" for part in name.split()],
     }
     (directory / "overlay").mkdir()
     (directory / "overlay" / "kustomization.yaml").write_text(yaml.safe_dump(overlay))

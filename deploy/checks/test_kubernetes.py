@@ -17,7 +17,7 @@ from manifests import KUBERNETES, build, named, of_kind, pod_of
 from running import Serin, ask, eventually, program  # noqa: F401
 
 SELECTOR = {"app.kubernetes.io/name": "serin", "app.kubernetes.io/instance": "serin"}
-AUTOSCALERS = ["hpa", "hpa-in-flight"]
+AUTOSCALERS = ["hpa", "hpa hpa-in-flight"]
 COMPONENTS = ["namespace", "operators", "prometheus-operator", "sample", "writers"]
 OVERLAYS = ["overlays/dev", "overlays/production"]
 
@@ -50,11 +50,11 @@ def kustomization(root, components):
 
 
 def combinations():
-    """Every choice of components, with one autoscaler at most."""
+    """Every choice of components, with no autoscaler or one."""
     for size in range(len(COMPONENTS) + 1):
         for chosen in itertools.combinations(COMPONENTS, size):
-            for autoscaler in [[], *[[name] for name in AUTOSCALERS]]:
-                yield [*chosen, *autoscaler]
+            for autoscaler in ["", *AUTOSCALERS]:
+                yield [*chosen, *autoscaler.split()]
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +86,7 @@ def broken(tools, tmp_path):
         text = (root / file).read_text()
         assert old in text, f"{file} has no {old!r} any more"
         (root / file).write_text(text.replace(old, new))
-        return build(tools, kustomization(root, [*COMPONENTS, "hpa-in-flight"]))
+        return build(tools, kustomization(root, [*COMPONENTS, *AUTOSCALERS[-1].split()]))
 
     return build_broken
 
@@ -104,7 +104,48 @@ def test_every_combination_of_components_builds(combined):
 
 
 def test_every_component_is_among_the_combinations():
-    assert {path.name for path in (KUBERNETES / "components").iterdir()} == {*COMPONENTS, *AUTOSCALERS}
+    known = {*COMPONENTS, *" ".join(AUTOSCALERS).split()}
+    assert {path.name for path in (KUBERNETES / "components").iterdir()} == known
+
+
+@pytest.fixture
+def beside(tools, tmp_path):
+    """Builds an overlay of production, or of something else, with components of its own."""
+
+    def build_beside(resource, *components):
+        root = tmp_path / "kubernetes"
+        shutil.copytree(KUBERNETES, root)
+        directory = kustomization(root, components)
+        file = directory / "kustomization.yaml"
+        content = yaml.safe_load(file.read_text()) | {"resources": [f"../../{resource}"]}
+        file.write_text(yaml.safe_dump(content))
+        return build(tools, directory)
+
+    return build_beside
+
+
+def test_an_overlay_of_production_can_scale_by_requests_in_flight_as_well(beside, combined):
+    objects = beside("overlays/production", "hpa-in-flight")
+    spec = named(objects, "HorizontalPodAutoscaler")["spec"]
+    assert spec == named(combined["hpa hpa-in-flight"], "HorizontalPodAutoscaler")["spec"]
+    assert spec["metrics"][0] == named(combined["hpa"], "HorizontalPodAutoscaler")["spec"]["metrics"][0]
+    assert "replicas" not in named(objects, "Deployment")["spec"]
+
+
+def test_what_says_no_replicas_can_be_scaled(tools, tmp_path):
+    root = tmp_path / "kubernetes"
+    shutil.copytree(KUBERNETES, root)
+    deployment = root / DEPLOYMENT
+    text = deployment.read_text()
+    assert "  replicas: 3\n" in text
+    deployment.write_text(text.replace("  replicas: 3\n", ""))
+    objects = build(tools, kustomization(root, ["hpa"]))
+    assert "replicas" not in named(objects, "Deployment")["spec"]
+
+
+def test_requests_in_flight_without_an_autoscaler_are_refused(beside):
+    with pytest.raises(AssertionError, match="no resource matches strategic merge patch"):
+        beside("base", "hpa-in-flight")
 
 
 def test_every_manifest_is_valid_for_its_kind(tools, everything, tmp_path):
@@ -121,7 +162,7 @@ MISTAKES = [
     (POLICY, "podSelector:\n    match", "podSelectors:\n    match", "'podSelectors' was unexpected"),
     (SERVICE, "port: 80\n", "port: http\n", "'http' is not of type 'integer'"),
     (SCALER, "minReplicas: 4", "minReplicas: four", "'four' is not of type 'integer'"),
-    (SCALER, "autoscaling/v2", "autoscaling/v2beta2", "Couldn't find schema"),
+    (BUDGET, "policy/v1", "policy/v1beta1", "Couldn't find schema"),
     (MONITOR, "scrapeTimeout", "scrapeTimeOut", "/scrapeTimeOut is not known"),
     (MONITOR, "interval: 15s", "interval: often", "pattern"),
     (RULE, "for: 1m\n", "for: soon\n", "pattern"),
@@ -296,7 +337,7 @@ SLIPS = [
     (may_do_what_it_need_not, ROLE, "resourceNames: [serin-config", "# [", "a Role allows"),
     (may_do_what_it_need_not, BINDING, "kind: Group", "kind: ServiceAccount", "a Role is bound to"),
     (may_do_what_it_need_not, DEPLOYMENT, "automountServiceAccountToken: false", "", "has a token"),
-    (fights_the_autoscaler, "components/hpa/kustomization.yaml", "op: remove", "op: test", "/spec/replicas"),
+    (fights_the_autoscaler, "components/hpa/kustomization.yaml", "replicas: null", "replicas: 3", "how many"),
 ]
 
 
@@ -370,7 +411,7 @@ def adapter_rule():
 def test_the_metric_of_the_autoscaler_is_the_one_that_the_adapter_offers(combined):
     (metric,) = [
         metric["pods"]
-        for metric in named(combined["hpa-in-flight"], "HorizontalPodAutoscaler")["spec"]["metrics"]
+        for metric in named(combined["hpa hpa-in-flight"], "HorizontalPodAutoscaler")["spec"]["metrics"]
         if metric["type"] == "Pods"
     ]
     assert metric["metric"]["name"] == adapter_rule()["name"]["as"] == "serin_requests_in_flight"
@@ -412,6 +453,8 @@ def fits(selector, labels):
 
 
 def fits_peer(peer, namespace, pod):
+    if "ipBlock" in peer:
+        return False
     return fits(peer["namespaceSelector"], namespace) and fits(peer.get("podSelector"), pod)
 
 
@@ -454,6 +497,16 @@ def test_who_may_reach_serin_and_whom_it_may_reach(everything):
         assert is_allowed(policy, "egress", 4318, MONITORING)
         assert not is_allowed(policy, "egress", 9090, MONITORING)
         assert not is_allowed(policy, "egress", 443)
+
+
+def test_names_come_from_the_caches_of_nodes_as_well(everything):
+    """Those have addresses and no labels, and listen on the same one everywhere."""
+    for name, objects in everything.items():
+        egress = named(objects, "NetworkPolicy")["spec"]["egress"]
+        (rule,) = [rule for rule in egress if {"port": 53, "protocol": "UDP"} in rule.get("ports", [])]
+        assert {"ipBlock": {"cidr": "169.254.20.10/32"}} in rule["to"], name
+        blocks = [peer for rule in egress for peer in rule["to"] if "ipBlock" in peer]
+        assert len(blocks) == 1, name
 
 
 def test_in_production_only_labelled_namespaces_send_requests(combined, overlays):

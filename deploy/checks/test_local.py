@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from conftest import CHECKS, DEPLOY, REPOSITORY
-from manifests import build, invalid, named
+from manifests import build, invalid, named, release
 from running import CONFIG, TOKEN, addresses, eventually, program, start, versions  # noqa: F401
 
 LOCAL = DEPLOY / "local"
-IMAGE = "ghcr.io/serin-proxy/serin:0.1.0"
+IMAGE = f"ghcr.io/serin-proxy/serin:{release()}"
 PROVIDERS = ["kind", "minikube"]
 
 # Notes how it is called. Fails if its words begin with those in FAIL, and knows the clusters in a file.
@@ -336,6 +336,18 @@ def test_what_is_installed_is_valid_and_named_as_the_script_expects(tools, tmp_p
     assert {port["port"] for port in named(objects, "Service")["spec"]["ports"]} == {80}
     named(objects, "Deployment", "shop-stable")
     named(objects, "Deployment", "shop-canary")
+
+
+def test_what_is_installed_is_what_was_built_whatever_dev_runs(tools, tmp_path):
+    for name in ("kubernetes", "local", "pipelines"):
+        shutil.copytree(DEPLOY / name, tmp_path / name)
+    bump = [tmp_path / "pipelines" / "bump-image", "--new-name", "registry.example.com/serin"]
+    subprocess.run([*bump, "9.9.9", "sha256:" + "f" * 64], check=True, capture_output=True)
+    bumped = "registry.example.com/serin:9.9.9"
+    for path, image in {"kubernetes/overlays/dev": bumped, "local/overlay": IMAGE}.items():
+        deployment = named(build(tools, tmp_path / path), "Deployment")
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        assert container["image"].partition("@")[0] == image
 
 
 def test_serin_accepts_the_configuration_that_is_installed(tools, program, tmp_path):  # noqa: F811

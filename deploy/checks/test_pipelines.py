@@ -19,7 +19,7 @@ WORKFLOWS = REPOSITORY / ".github" / "workflows"
 GITLAB = REPOSITORY / ".gitlab-ci.yml"
 PIPELINES = DEPLOY / "pipelines"
 SCRIPTS = ["build-image", "bump-image", "open-change", "publish-image", "release-version", "scan", "tools"]
-OVERLAY = "deploy/kubernetes/overlays/production/kustomization.yaml"
+OVERLAYS = [f"deploy/kubernetes/overlays/{name}/kustomization.yaml" for name in ("dev", "production")]
 
 IMAGE = "ghcr.io/serin-proxy/serin"
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -74,8 +74,8 @@ def repository(tmp_path):
     """A repository as the scripts find it: themselves, and the files that they are about."""
     root = tmp_path / "repository"
     shutil.copytree(PIPELINES, root / "deploy" / "pipelines")
-    (root / OVERLAY).parent.mkdir(parents=True)
-    for name in (OVERLAY, "Cargo.toml", "Cargo.lock"):
+    for name in (*OVERLAYS, "Cargo.toml", "Cargo.lock"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, root / name)
     return root
 
@@ -291,7 +291,7 @@ def test_gitlab_takes_the_pipeline(tools, project):
 
 
 def test_only_a_tag_publishes(tools, project):
-    checks = ["test", "deploy-files", "dependencies", "dockerfile", "scan"]
+    checks = ["test", "deploy-files", "dependencies", "dockerfile", "image-builds", "scan"]
     assert listed(tools, project, CI_COMMIT_BRANCH="main") == checks
     released = listed(tools, project, CI_COMMIT_TAG="v0.1.0")
     assert [name.partition(":")[0] for name in released] == [
@@ -336,6 +336,7 @@ def test_both_pipelines_run_the_same_programs():
 
 def test_both_pipelines_run_the_same_steps(workflows, gitlab):
     steps = [".ci/run", "deploy/checks/run", "cargo deny --locked check", "hadolint Dockerfile"]
+    steps += ["deploy/rehearsal/run", "docker build --tag serin:ci .", "docker run --rm serin:ci --version"]
     steps += [
         "deploy/pipelines/scan files",
         "deploy/pipelines/scan dependencies",
@@ -366,11 +367,23 @@ def test_a_word_that_is_missing_or_empty_ends_a_script(repository, commands, nam
     assert run(repository, commands, name, "").returncode == 2
 
 
-def test_a_new_version_is_written_into_the_overlay(tools, repository, commands):
-    before = (repository / OVERLAY).read_text()
+@pytest.fixture
+def contents(repository):
+    """What the overlays are, as bytes, and when they became that."""
+
+    def contents():
+        files = [repository / overlay for overlay in OVERLAYS]
+        return [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+
+    return contents
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_new_version_is_written_into_both_overlays(repository, commands, overlay):
+    before = (repository / overlay).read_text()
     done = run(repository, commands, "bump-image", "0.2.0", DIGEST)
     assert done.returncode == 0, done.stderr
-    after = (repository / OVERLAY).read_text()
+    after = (repository / overlay).read_text()
     (entry,) = yaml.safe_load(after)["images"]
     assert entry == {"name": IMAGE, "newTag": "0.2.0", "digest": DIGEST}
     # Nothing else has changed, comments least of all.
@@ -380,30 +393,31 @@ def test_a_new_version_is_written_into_the_overlay(tools, repository, commands):
     assert before.count("#") == after.count("#")
 
 
-def test_the_overlay_runs_that_version_then(tools, tmp_path, commands):
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_overlay_runs_that_version_then(tools, tmp_path, commands, overlay):
     root = tmp_path / "repository"
     shutil.copytree(PIPELINES, root / "deploy" / "pipelines")
     shutil.copytree(DEPLOY / "kubernetes", root / "deploy" / "kubernetes")
     run(root, commands, "bump-image", "0.2.0", DIGEST)
-    deployment = named(build(tools, (root / OVERLAY).parent), "Deployment")
+    deployment = named(build(tools, (root / overlay).parent), "Deployment")
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert container["image"] == f"{IMAGE}:0.2.0@{DIGEST}"
 
 
-def test_the_same_version_again_changes_nothing(repository, commands):
+def test_the_same_version_again_changes_nothing(repository, commands, contents):
     run(repository, commands, "bump-image", "0.2.0", DIGEST)
-    before = (repository / OVERLAY).read_bytes(), (repository / OVERLAY).stat().st_mtime_ns
+    before = contents()
     done = run(repository, commands, "bump-image", "0.2.0", DIGEST)
-    assert done.returncode == 0 and "already" in done.stdout
-    assert ((repository / OVERLAY).read_bytes(), (repository / OVERLAY).stat().st_mtime_ns) == before
+    assert done.returncode == 0 and done.stdout.count("already") == 2
+    assert contents() == before
 
 
-def test_a_dry_run_shows_the_change_and_makes_none(repository, commands):
-    before = (repository / OVERLAY).read_bytes()
+def test_a_dry_run_shows_the_change_and_makes_none(repository, commands, contents):
+    before = contents()
     done = run(repository, commands, "bump-image", "--dry-run", "0.2.0", DIGEST)
     assert done.returncode == 0
-    assert re.search(r"^\+ +newTag: 0\.2\.0$", done.stdout, re.MULTILINE)
-    assert (repository / OVERLAY).read_bytes() == before
+    assert len(re.findall(r"^\+ +newTag: 0\.2\.0 # ", done.stdout, re.MULTILINE)) == 2
+    assert contents() == before
 
 
 BEFORE = """\
@@ -459,11 +473,20 @@ def test_one_entry_among_others_is_changed(repository, commands, tmp_path):
         (["--image", "example.com/x", "0.2.0", DIGEST], 1, "has no image `- name: example.com/x`"),
     ],
 )
-def test_what_cannot_be_written_is_refused(repository, commands, arguments, code, complaint):
-    before = (repository / OVERLAY).read_bytes()
+def test_what_cannot_be_written_is_refused(repository, commands, contents, arguments, code, complaint):
+    before = contents()
     done = run(repository, commands, "bump-image", *arguments)
     assert done.returncode == code and complaint in done.stderr, done.stderr
-    assert (repository / OVERLAY).read_bytes() == before
+    assert contents() == before
+
+
+def test_where_one_file_cannot_be_changed_none_is(repository, commands, contents, tmp_path):
+    before = contents()
+    (tmp_path / "other.yaml").write_text("images: []\n")
+    files = ["--file", str(repository / OVERLAYS[0]), "--file", str(tmp_path / "other.yaml")]
+    done = run(repository, commands, "bump-image", *files, "0.2.0", DIGEST)
+    assert done.returncode == 1 and "other.yaml has no image" in done.stderr
+    assert contents() == before
 
 
 def version():
@@ -596,26 +619,79 @@ def test_a_build_without_a_digest_fails(repository, commands):
     assert done.returncode == 1 and "no digest" in done.stderr
 
 
-def test_an_image_gets_its_tag_and_is_signed_by_digest(repository, commands):
-    other = "sha256:" + "f" * 64
-    commands.add("docker", f'[ "$3" != inspect ] || echo {DIGEST}')
-    commands.add("cosign")
-    commands.add("trivy")
-    done = run(repository, commands, "publish-image", IMAGE, "0.2.0", other, DIGEST)
+OTHER = "sha256:" + "f" * 64
+
+
+@pytest.fixture
+def publishing(repository, commands, tmp_path):
+    """Publishes by a registry that has the version with this digest, or lacks it and says this of it."""
+    tag = tmp_path / "tag"
+
+    def publishing(published=None, complaint="not found", cosign="", moved=DIGEST):
+        if published:
+            tag.write_text(published)
+        commands.add(
+            "docker",
+            f"""case "$3 $4 $5" in
+              inspect*:candidate-0.2.0*) echo {DIGEST} ;;
+              inspect*) cat "{tag}" 2> /dev/null || {{ echo "ERROR: $4: {complaint}" >&2; exit 1; }} ;;
+              create*:candidate-0.2.0) ;;
+              create*) echo {moved} > "{tag}" ;;
+            esac""",
+        )
+        commands.add("cosign", cosign)
+        commands.add("trivy")
+        return run(repository, commands, "publish-image", IMAGE, "0.2.0", OTHER, DIGEST)
+
+    return publishing
+
+
+def published_tags(commands):
+    return [call[5].partition(":")[2] for call in commands.calls() if call[3:4] == ["create"]]
+
+
+def test_an_image_is_signed_by_digest_and_gets_its_tag_then(publishing, commands):
+    done = publishing()
     assert (done.returncode, done.stdout) == (0, f"{DIGEST}\n"), done.stderr
-    create, _, sign, _, attest = commands.calls()
+    create, _, _, sign, _, attest, publish, _ = commands.calls()
     assert create[1:4] == ["buildx", "imagetools", "create"]
-    assert create[4:] == ["--tag", f"{IMAGE}:0.2.0", f"{IMAGE}@{other}", f"{IMAGE}@{DIGEST}"]
+    assert create[4:] == ["--tag", f"{IMAGE}:candidate-0.2.0", f"{IMAGE}@{OTHER}", f"{IMAGE}@{DIGEST}"]
+    assert publish[1:] == ["buildx", "imagetools", "create", "--tag", f"{IMAGE}:0.2.0", f"{IMAGE}@{DIGEST}"]
     assert sign == ["cosign", "sign", "--yes", "--recursive", f"{IMAGE}@{DIGEST}"]
     assert attest[1] == "attest" and attest[-1] == f"{IMAGE}@{DIGEST}"
     assert attest[attest.index("--type") + 1] == "spdxjson"
 
 
-def test_nothing_goes_on_when_signing_fails(repository, commands):
-    commands.add("docker", f'[ "$3" != inspect ] || echo {DIGEST}')
-    commands.add("cosign", "exit 1")
-    done = run(repository, commands, "publish-image", IMAGE, "0.2.0", DIGEST)
+@pytest.mark.parametrize("command", ["sign", "attest"])
+def test_what_cannot_be_signed_gets_no_tag(publishing, commands, command):
+    done = publishing(cosign=f'[ "$1" != {command} ]')
     assert done.returncode != 0 and done.stdout == ""
+    assert published_tags(commands) == ["candidate-0.2.0"]
+
+
+def test_a_version_that_is_there_is_not_moved(publishing, commands):
+    done = publishing(published=OTHER)
+    assert (done.returncode, done.stdout) == (1, "") and f"{OTHER}, and is not moved" in done.stderr
+    assert published_tags(commands) == ["candidate-0.2.0"]
+    assert "cosign" not in [call[0] for call in commands.calls()]
+
+
+def test_a_release_that_is_repeated_signs_what_is_there(publishing, commands):
+    done = publishing(published=DIGEST)
+    assert (done.returncode, done.stdout) == (0, f"{DIGEST}\n"), done.stderr
+    assert published_tags(commands) == ["candidate-0.2.0"]
+    assert [call[1] for call in commands.calls() if call[0] == "cosign"] == ["sign", "attest"]
+
+
+def test_a_registry_that_does_not_say_is_not_taken_for_one_without_the_version(publishing, commands):
+    done = publishing(complaint="503 Service Unavailable")
+    assert (done.returncode, done.stdout) == (1, "") and "503" in done.stderr
+    assert published_tags(commands) == ["candidate-0.2.0"]
+
+
+def test_a_tag_that_leads_to_something_else_than_what_was_signed_is_no_release(publishing):
+    done = publishing(moved=OTHER)
+    assert (done.returncode, done.stdout) == (1, "") and "is what was signed" in done.stderr
 
 
 def test_programs_come_out_of_pinned_images(repository, commands, tmp_path):
@@ -646,12 +722,15 @@ def cloned(repository, tmp_path):
 
 
 def proposed(clone):
-    """The branches of the repository beside `main`, and what the overlay names there."""
+    """The branches of the repository beside `main`, and what the overlays name there, each the same."""
     origin = clone.parent / "origin.git"
     branches = git(origin, "for-each-ref", "--format=%(refname:short)", "refs/heads/gitops").split()
-    return {
-        branch: yaml.safe_load(git(origin, "show", f"{branch}:{OVERLAY}"))["images"] for branch in branches
-    }
+    found = {}
+    for branch in branches:
+        dev, production = [yaml.safe_load(git(origin, "show", f"{branch}:{file}")) for file in OVERLAYS]
+        assert dev["images"] == production["images"]
+        found[branch] = dev["images"]
+    return found
 
 
 BRANCH = "gitops/serin-0.2.0-0123456789ab"
@@ -676,7 +755,7 @@ def test_a_release_that_is_repeated_proposes_nothing_twice(cloned, commands):
     assert not [call for call in commands.calls() if "create" in call]
 
 
-def test_an_image_that_production_has_is_not_proposed(cloned, commands):
+def test_an_image_that_both_overlays_have_is_not_proposed(cloned, commands):
     commands.add("gh")
     run(cloned, commands, "open-change", IMAGE, "0.2.0", DIGEST, GITHUB_ACTIONS="true")
     git(cloned, "push", "--quiet", "origin", f"{BRANCH}:main")

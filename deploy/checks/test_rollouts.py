@@ -166,6 +166,8 @@ def test_what_sets_weights_may_reach_serin_and_nobody_may_reach_it(built):
         assert policy["spec"]["podSelector"]["matchLabels"] == writer
         assert "Ingress" in policy["spec"]["policyTypes"] and "ingress" not in policy["spec"]
         (_,) = [labels for labels, _ in pods(built[name]) if writer.items() <= labels.items()]
+        (names,) = [rule for rule in policy["spec"]["egress"] if rule["ports"][0]["port"] == 53]
+        assert {"ipBlock": {"cidr": "169.254.20.10/32"}} in names["to"]
     (flagger,) = named(built["flagger"], "NetworkPolicy", "flagger-loadtester")["spec"]["ingress"]
     assert flagger["from"] == [{"namespaceSelector": namespace("flagger-system")}]
 
@@ -270,6 +272,15 @@ def test_a_rollout_has_as_many_pods_of_the_new_version_as_users_need(built):
     # After each step and before the next, somebody looks how the canary does.
     names = [analysis["templates"][0]["templateName"] for analysis in analyses(rollout)[2:]]
     assert names == ["serin-weights", "serin-canary"] * 3 + ["serin-weights"]
+
+
+def test_no_autoscaler_of_nodes_ends_what_guards_a_rollout(built):
+    template = named(built["argo-rollouts"], "AnalysisTemplate", "serin-weights")
+    (metric,) = template["spec"]["metrics"]
+    assert metric["provider"]["job"]["spec"]["template"]["metadata"]["annotations"] == {
+        "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+        "karpenter.sh/do-not-disrupt": "true",
+    }
 
 
 def test_the_configurations_in_the_readme_are_what_serin_takes(program, tmp_path):  # noqa: F811
