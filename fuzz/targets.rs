@@ -119,7 +119,7 @@ pub(crate) fn proxy_header(bytes: &[u8]) {
 pub(crate) fn traceparent(bytes: &[u8]) {
     if let Some(context) = TraceContext::parse(bytes) {
         assert!(context.trace_id != 0 && context.parent_id != 0);
-        let written = context.to_string();
+        let written = context.value();
         assert_eq!(written.as_bytes()[2..], bytes[2..written.len()]);
         assert_eq!(TraceContext::parse(written.as_bytes()), Some(context));
     }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http::header::{HeaderMap, HeaderName};
 use http::{Method, StatusCode};
 use tokio::time::Instant;
 
@@ -158,10 +158,7 @@ impl SpanContext {
             parent_id: span_id,
             flags: self.flags,
         };
-        // Digits and dashes.
-        if let Ok(value) = HeaderValue::from_str(&context.to_string()) {
-            headers.insert(TRACEPARENT, value);
-        }
+        headers.insert(TRACEPARENT, context.value());
         if !self.is_continued() {
             headers.remove(TRACESTATE);
         }
