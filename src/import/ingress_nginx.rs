@@ -272,8 +272,7 @@ impl<'m> Translation<'m> {
         // nginx looks for it from the beginning, does not care for the end, nor for capitals.
         let anchored = format!("(?i)(?:{}).*", path.trim_start_matches('^'));
         if let Err(error) = Regex::new(&anchored) {
-            let reason = error.to_string();
-            let reason = reason.lines().last().unwrap_or_default().trim();
+            let reason = last_line(&error);
             self.notes
                 .push(format!("{name}: the path `{path}` is left out: {reason}"));
             return None;
@@ -315,10 +314,8 @@ impl<'m> Translation<'m> {
         let host = format!("{name}.{namespace}.svc.cluster.local.:{number}");
         let rest = format!("endpoints: [ {} ]{transport}", scalar(&host));
         // Names of namespaces and Services may come together in one way only by chance.
-        let numbered = (2..).map(|number| format!("{backend}-{number}"));
-        let mut names = std::iter::once(backend.clone()).chain(numbered);
-        let is_free = |name: &String| self.backends.get(name).is_none_or(|other| *other == rest);
-        let backend = names.find(is_free).unwrap_or(backend);
+        let is_free = |name: &str| self.backends.get(name).is_none_or(|other| *other == rest);
+        let backend = numbered(backend, is_free);
         self.backends.insert(backend.clone(), rest);
         backend
     }
@@ -513,8 +510,7 @@ impl<'m> Translation<'m> {
             return Some(whole);
         };
         let name = canary.ingress.metadata.full_name();
-        let reason = error.to_string();
-        let reason = reason.lines().last().unwrap_or_default().trim();
+        let reason = last_line(&error);
         self.notes.push(format!(
             "{name}: the rule for canary-by-header-pattern `{pattern}` is left out: {reason}"
         ));
@@ -649,14 +645,8 @@ impl std::fmt::Display for Place<'_> {
 impl Group<'_> {
     /// True for a place that differs in nothing but its path.
     fn takes_path_of(&self, place: &Self) -> bool {
-        let rest = |one: &Self| {
-            (
-                one.ingress.to_owned(),
-                one.namespace.to_owned(),
-                one.stable.clone(),
-            )
-        };
-        rest(self) == rest(place)
+        (self.ingress, self.namespace) == (place.ingress, place.namespace)
+            && self.stable == place.stable
             && self.hosts == place.hosts
             && self.canary == place.canary
             && self.more == place.more
@@ -692,6 +682,19 @@ fn host_of(rule: &Rule) -> Option<String> {
 /// files, and mean them.
 fn has_regex(path: &str) -> bool {
     path.contains(['(', '[', '{', '*', '+', '?', '^', '$', '|', '\\'])
+}
+
+/// The first name that is free: this one, or this one with a number.
+fn numbered(base: String, is_free: impl Fn(&str) -> bool) -> String {
+    let numbered = (2..).map(|number| format!("{base}-{number}"));
+    let mut names = std::iter::once(base.clone()).chain(numbered);
+    names.find(|name| is_free(name)).unwrap_or(base)
+}
+
+/// What the regex crate says is wrong, without the picture of where.
+fn last_line(error: &regex::Error) -> String {
+    let text = error.to_string();
+    text.lines().last().unwrap_or_default().trim().to_owned()
 }
 
 fn is_canary(ingress: &Ingress) -> bool {
@@ -769,9 +772,7 @@ impl Group<'_> {
         } else {
             format!("{}-{}", self.namespace, self.ingress)
         };
-        let numbered = (2..).map(|number| format!("{base}-{number}"));
-        let mut names = std::iter::once(base.clone()).chain(numbered);
-        names.find(|name| !taken.contains(name)).unwrap_or(base)
+        numbered(base, |name| !taken.iter().any(|other| other == name))
     }
 
     fn write(&self, name: &str, lines: &mut Lines) {
