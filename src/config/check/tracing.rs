@@ -153,11 +153,7 @@ impl Checker<'_> {
             return Some(None);
         }
         let given = || {
-            let file = |name: &str| {
-                EXPORTER
-                    .iter()
-                    .find_map(|it| self.variable(&format!("{it}{name}")))
-            };
+            let file = |name| self.variable(&self.exporter_name(name)?);
             file::BackendTls {
                 ca_file: file("CERTIFICATE"),
                 certificate_file: file("CLIENT_CERTIFICATE"),
@@ -304,9 +300,14 @@ impl Checker<'_> {
         at: &Path,
         parse: impl Fn(&str) -> Result<T, String>,
     ) -> Option<Option<T>> {
-        let names = EXPORTER.map(|prefix| format!("{prefix}{name}"));
-        let given = names.iter().find(|name| self.variable(name).is_some());
-        given.map_or(Some(None), |name| self.parsed_variable(name, at, parse))
+        let given = self.exporter_name(name);
+        given.map_or(Some(None), |name| self.parsed_variable(&name, at, parse))
+    }
+
+    /// The variable that says so to exporters, if one does.
+    fn exporter_name(&self, name: &str) -> Option<String> {
+        let mut names = EXPORTER.iter().map(|prefix| format!("{prefix}{name}"));
+        names.find(|name| self.variable(name).is_some())
     }
 
     fn parsed_variable<T>(
