@@ -3,6 +3,9 @@
 //! ingress-nginx asks for the header first, then for the cookie, and else draws lots with each request. Here the
 //! first two are rules, in this order, and the last are weights without an identity, which draw the same lots.
 
+mod place;
+mod route;
+
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path as FilePath;
@@ -14,57 +17,14 @@ use crate::config::problem::Severity;
 use crate::config::value::{self, MAX_WEIGHT};
 
 use super::Imported;
-use super::ingress::{Ingress, Manifests, Path, PathType, Rule, ServiceRef, read};
-use super::yaml::{Lines, list, scalar};
-
-const PREFIX: &str = "nginx.ingress.kubernetes.io/";
-
-/// Annotations that say which requests get the canary.
-const OF_CANARIES: [&str; 7] = [
-    "canary",
-    "canary-by-cookie",
-    "canary-by-header",
-    "canary-by-header-pattern",
-    "canary-by-header-value",
-    "canary-weight",
-    "canary-weight-total",
-];
+use super::ingress::{Ingress, Manifests, Path, PathType, ServiceRef, read};
+use super::yaml::scalar;
+use place::{OF_CANARIES, PREFIX, Place, annotation, body_size, has_regex, host_of, is_canary};
+use place::{prefix_of_capture, services_of};
+use route::{Canary, Group, merge_hosts, numbered, write};
 
 /// The weights of ingress-nginx add up to so many unless it is told of more.
 const WEIGHT_TOTAL: u32 = 100;
-
-/// What an Ingress says of one path of one host.
-struct Place<'m> {
-    ingress: &'m Ingress,
-    host: Option<String>,
-    path: String,
-    path_type: PathType,
-    service: &'m ServiceRef,
-}
-
-/// Requests that go to the same backends in the same way.
-#[derive(PartialEq, Eq)]
-struct Group<'m> {
-    /// Of which Ingress.
-    ingress: &'m str,
-    namespace: &'m str,
-    hosts: Vec<String>,
-    matches: Vec<String>,
-    stable: String,
-    canary: Option<Canary>,
-    /// Lines of the route, as they are.
-    more: Vec<String>,
-}
-
-/// What a canary gets.
-#[derive(Clone, PartialEq, Eq)]
-struct Canary {
-    backend: String,
-    weight: u32,
-    total: u32,
-    rules: Vec<String>,
-    is_sticky: bool,
-}
 
 /// Translates as it goes, and takes note of what cannot be.
 struct Translation<'m> {
@@ -609,216 +569,10 @@ impl<'m> Translation<'m> {
     }
 }
 
-// === impl Place ===
-
-impl Place<'_> {
-    /// The value of an annotation of ingress-nginx.
-    fn annotation(&self, key: &str) -> Option<String> {
-        annotation(self.ingress, key)
-    }
-
-    /// True for the same requests.
-    fn shares(&self, main: &Self) -> bool {
-        self.ingress.metadata.namespace == main.ingress.metadata.namespace
-            && self.is_same_place(main)
-    }
-
-    fn is_same_place(&self, other: &Self) -> bool {
-        (&self.host, &self.path, self.path_type) == (&other.host, &other.path, other.path_type)
-    }
-
-    /// The name of its Ingress.
-    fn name(&self) -> String {
-        self.ingress.metadata.full_name()
-    }
-}
-
-impl std::fmt::Display for Place<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let host = self.host.as_deref().unwrap_or("any host, ");
-        write!(f, "{host}{}", self.path)
-    }
-}
-
-// === impl Group ===
-
-impl Group<'_> {
-    /// True for a place that differs in nothing but its path.
-    fn takes_path_of(&self, place: &Self) -> bool {
-        (self.ingress, self.namespace) == (place.ingress, place.namespace)
-            && self.stable == place.stable
-            && self.hosts == place.hosts
-            && self.canary == place.canary
-            && self.more == place.more
-    }
-}
-
-/// Makes one group of those that differ in nothing but their host.
-fn merge_hosts(groups: Vec<Group<'_>>) -> Vec<Group<'_>> {
-    let mut merged: Vec<Group<'_>> = Vec::new();
-    for group in groups {
-        let twin = merged.iter_mut().find(|one| {
-            !group.hosts.is_empty()
-                && !one.hosts.is_empty()
-                && (one.ingress, one.namespace) == (group.ingress, group.namespace)
-                && (&one.matches, &one.stable) == (&group.matches, &group.stable)
-                && (&one.canary, &one.more) == (&group.canary, &group.more)
-        });
-        match twin {
-            Some(twin) => twin.hosts.extend(group.hosts),
-            None => merged.push(group),
-        }
-    }
-    merged
-}
-
-/// The host of a rule; `None` for any. Hosts are alike in capitals and small letters.
-fn host_of(rule: &Rule) -> Option<String> {
-    let host = rule.host.as_deref()?.trim().to_ascii_lowercase();
-    (!host.is_empty() && host != "*").then_some(host)
-}
-
-/// True for a path that means something else as a regular expression than as it stands. Dots are in the names of
-/// files, and mean them.
-fn has_regex(path: &str) -> bool {
-    path.contains(['(', '[', '{', '*', '+', '?', '^', '$', '|', '\\'])
-}
-
-/// The first name that is free: this one, or this one with a number.
-fn numbered(base: String, is_free: impl Fn(&str) -> bool) -> String {
-    let numbered = (2..).map(|number| format!("{base}-{number}"));
-    let mut names = std::iter::once(base.clone()).chain(numbered);
-    names.find(|name| is_free(name)).unwrap_or(base)
-}
-
 /// What the regex crate says is wrong, without the picture of where.
 fn last_line(error: &regex::Error) -> String {
     let text = error.to_string();
     text.lines().last().unwrap_or_default().trim().to_owned()
-}
-
-fn is_canary(ingress: &Ingress) -> bool {
-    annotation(ingress, "canary").as_deref() == Some("true")
-}
-
-fn annotation(ingress: &Ingress, key: &str) -> Option<String> {
-    let mut annotations = ingress.metadata.annotations();
-    let found = annotations.find(|(name, _)| name.strip_prefix(PREFIX) == Some(key));
-    found.map(|(_, value)| value)
-}
-
-fn services_of(ingress: &Ingress) -> impl Iterator<Item = &ServiceRef> {
-    let paths = ingress
-        .spec
-        .rules
-        .iter()
-        .filter_map(|rule| rule.http.as_ref());
-    let backends = paths.flat_map(|http| &http.paths).map(|path| &path.backend);
-    let backends = backends.chain(&ingress.spec.default_backend);
-    backends.filter_map(|backend| backend.service.as_ref())
-}
-
-/// The prefix of a path that is written so that what is behind it can be captured: `/shop(/|$)(.*)`.
-fn prefix_of_capture(path: &str) -> Option<&str> {
-    let prefix = path.strip_suffix("(/|$)(.*)")?;
-    let is_plain = !prefix.contains(['(', '[', '*', '^', '$', '\\', '.', '+', '?']);
-    (is_plain && prefix.starts_with('/')).then_some(prefix)
-}
-
-/// A size as nginx writes it, as Kubernetes does; `None` for no limit, or no size.
-fn body_size(text: &str) -> Option<String> {
-    let text = text.trim();
-    let digits = text.trim_end_matches(|unit: char| unit.is_ascii_alphabetic());
-    let number: u64 = digits.parse().ok().filter(|number| *number > 0)?;
-    let unit = match &*text[digits.len()..].to_ascii_lowercase() {
-        "" => "",
-        "k" => "Ki",
-        "m" => "Mi",
-        "g" => "Gi",
-        _ => return None,
-    };
-    Some(format!("{number}{unit}"))
-}
-
-fn write(ingresses: usize, backends: &BTreeMap<String, String>, groups: &[Group<'_>]) -> String {
-    let mut lines = Lines::default();
-    let plural = if ingresses == 1 { "" } else { "es" };
-    lines.add(
-        0,
-        &format!("# From {ingresses} Ingress{plural} of ingress-nginx."),
-    );
-    lines.add(0, "listeners: [ { name: web, address: \"0.0.0.0:8080\" } ]");
-    lines.add(0, "admin: { address: \"0.0.0.0:9901\" }");
-    lines.add(0, "backends:");
-    for (name, rest) in backends {
-        lines.add(1, &format!("- {{ name: {}, {rest} }}", scalar(name)));
-    }
-    lines.add(0, "routes:");
-    let mut names = Vec::new();
-    for group in groups {
-        let name = group.name(groups, &names);
-        group.write(&name, &mut lines);
-        names.push(name);
-    }
-    lines.into_text()
-}
-
-impl Group<'_> {
-    /// A name that no other route has.
-    fn name(&self, all: &[Self], taken: &[String]) -> String {
-        let is_only = all.iter().all(|other| other.namespace == self.namespace);
-        let base = if is_only {
-            self.ingress.to_owned()
-        } else {
-            format!("{}-{}", self.namespace, self.ingress)
-        };
-        numbered(base, |name| !taken.iter().any(|other| other == name))
-    }
-
-    fn write(&self, name: &str, lines: &mut Lines) {
-        lines.add(1, &format!("- name: {}", scalar(name)));
-        if !self.hosts.is_empty() {
-            lines.add(
-                2,
-                &format!("hostnames: {}", list(self.hosts.iter().map(String::as_str))),
-            );
-        }
-        lines.add(2, "matches:");
-        for matched in &self.matches {
-            lines.add(3, &format!("- {matched}"));
-        }
-        lines.add(2, "backendRefs:");
-        let stable = &self.stable;
-        let Some(canary) = &self.canary else {
-            lines.add(3, &format!("- {{ name: {stable} }}"));
-            return self.write_more(lines);
-        };
-        let rest = canary.total - canary.weight;
-        lines.add(3, &format!("- {{ name: {stable}, weight: {rest} }}"));
-        let Canary {
-            backend, weight, ..
-        } = canary;
-        lines.add(3, &format!("- {{ name: {backend}, weight: {weight} }}"));
-        self.write_more(lines);
-        if canary.is_sticky || !canary.rules.is_empty() {
-            lines.add(2, "gray:");
-        }
-        if canary.is_sticky {
-            lines.add(3, "withoutIdentity: cookie");
-        }
-        if !canary.rules.is_empty() {
-            lines.add(3, "rules:");
-            for rule in &canary.rules {
-                lines.add(4, rule);
-            }
-        }
-    }
-
-    fn write_more(&self, lines: &mut Lines) {
-        for line in &self.more {
-            lines.add(2, line);
-        }
-    }
 }
 
 #[cfg(test)]
