@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use similar::{ChangeTag, TextDiff};
+use diffy::{DiffOptions, Line};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::config::Problems;
@@ -189,10 +189,11 @@ impl Rollback<'_> {
     pub fn diff(&self) -> String {
         let file = self.history.file.display().to_string();
         let (before, after) = (text(&self.history.content), text(&self.content));
-        let diff = TextDiff::from_lines(&*before, &*after);
-        diff.unified_diff()
-            .context_radius(CONTEXT)
-            .header(&file, &self.revision.to_string())
+        DiffOptions::new()
+            .set_context_len(CONTEXT)
+            .set_original_filename(file)
+            .set_modified_filename(self.revision.to_string())
+            .create_patch(&before, &after)
             .to_string()
     }
 
@@ -297,17 +298,13 @@ fn changes(before: &str, after: &str) -> String {
         (was != *weight).then(|| format!("{route}: {backend} {was} -> {weight}"))
     });
     let moved: Vec<String> = moved.collect();
-    let diff = TextDiff::from_lines(before, after);
-    let count = |tag| {
-        diff.iter_all_changes()
-            .filter(|change| change.tag() == tag)
-            .count()
-    };
-    let lines = format!(
-        "+{} -{}",
-        count(ChangeTag::Insert),
-        count(ChangeTag::Delete)
-    );
+    let patch = DiffOptions::new()
+        .set_context_len(0)
+        .create_patch(before, after);
+    let lines = || patch.hunks().iter().flat_map(|hunk| hunk.lines());
+    let more = lines().filter(|line| matches!(line, Line::Insert(_)));
+    let fewer = lines().filter(|line| matches!(line, Line::Delete(_)));
+    let lines = format!("+{} -{}", more.count(), fewer.count());
     match &moved[..] {
         [] => lines,
         moved => format!("{lines}  {}", moved.join(", ")),
