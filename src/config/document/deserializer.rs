@@ -3,6 +3,9 @@
 //! Stricter than that of `serde_json`, which takes a list for a mapping whose keys are given by
 //! position: here a list where a mapping belongs is a mistake, and is called one. And who reports a
 //! mistake says where it is.
+//!
+//! What a type asks for is all that it is offered: to go by what stands in the document instead
+//! would compile each type's reading of everything that may stand there.
 
 use std::fmt;
 use std::slice;
@@ -107,9 +110,43 @@ impl<'de> Deserializer<'de> for &'de Node {
         _: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Misread> {
+        self.deserialize_map(visitor)
+    }
+
+    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Misread> {
         match &self.value {
-            Value::List(_) => Err(Misread::invalid_type(Unexpected::Seq, &visitor)),
-            _ => self.deserialize_any(visitor),
+            Value::Scalar(Scalar::Object(_)) | Value::Map(_) => visitor.visit_map(Entries {
+                left: self.entries().iter(),
+                value: None,
+            }),
+            _ => Err(Misread::invalid_type(self.found(), &visitor)),
+        }
+    }
+
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Misread> {
+        match &self.value {
+            Value::Scalar(Scalar::Array(_)) | Value::List(_) => {
+                visitor.visit_seq(Items(self.items().iter().enumerate()))
+            }
+            _ => Err(Misread::invalid_type(self.found(), &visitor)),
+        }
+    }
+
+    fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Misread> {
+        match &self.value {
+            Value::Scalar(Scalar::String(text)) => visitor.visit_borrowed_str(text),
+            _ => Err(Misread::invalid_type(self.found(), &visitor)),
+        }
+    }
+
+    fn deserialize_string<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Misread> {
+        self.deserialize_str(visitor)
+    }
+
+    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Misread> {
+        match &self.value {
+            Value::Scalar(Scalar::Bool(value)) => visitor.visit_bool(*value),
+            _ => Err(Misread::invalid_type(self.found(), &visitor)),
         }
     }
 
@@ -124,17 +161,8 @@ impl<'de> Deserializer<'de> for &'de Node {
                 name: word,
                 content: None,
             }),
-            Value::Scalar(Scalar::Bool(value)) => {
-                let found = Unexpected::Bool(*value);
-                Err(Misread::invalid_type(found, &"string or map"))
-            }
-            Value::Scalar(Scalar::Number(number)) => {
-                let found = match (number.as_u64(), number.as_i64()) {
-                    (Some(number), _) => Unexpected::Unsigned(number),
-                    (None, Some(number)) => Unexpected::Signed(number),
-                    (None, None) => Unexpected::Float(number.as_f64().unwrap_or(f64::NAN)),
-                };
-                Err(Misread::invalid_type(found, &"string or map"))
+            Value::Scalar(Scalar::Bool(_) | Scalar::Number(_)) => {
+                Err(Misread::invalid_type(self.found(), &"string or map"))
             }
             Value::Map(entries) => match &entries[..] {
                 [(key, content)] => visitor.visit_enum(Variant {
@@ -146,16 +174,31 @@ impl<'de> Deserializer<'de> for &'de Node {
                     &"map with a single key",
                 )),
             },
-            Value::Null | Value::Scalar(_) => {
-                Err(Misread::invalid_type(Unexpected::Unit, &NO_VARIANT))
-            }
-            Value::List(_) => Err(Misread::invalid_type(Unexpected::Seq, &NO_VARIANT)),
+            _ => Err(Misread::invalid_type(self.found(), &NO_VARIANT)),
         }
     }
 
     forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple
-        tuple_struct map identifier ignored_any
+        i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char bytes byte_buf unit unit_struct tuple tuple_struct
+        identifier ignored_any
+    }
+}
+
+impl Node {
+    /// What is here, for whoever expected something else.
+    fn found(&self) -> Unexpected<'_> {
+        match &self.value {
+            Value::Null | Value::Scalar(Scalar::Null) => Unexpected::Unit,
+            Value::Scalar(Scalar::Bool(value)) => Unexpected::Bool(*value),
+            Value::Scalar(Scalar::String(text)) => Unexpected::Str(text),
+            Value::Scalar(Scalar::Number(number)) => match (number.as_u64(), number.as_i64()) {
+                (Some(number), _) => Unexpected::Unsigned(number),
+                (None, Some(number)) => Unexpected::Signed(number),
+                (None, None) => Unexpected::Float(number.as_f64().unwrap_or(f64::NAN)),
+            },
+            Value::Scalar(Scalar::Array(_)) | Value::List(_) => Unexpected::Seq,
+            Value::Scalar(Scalar::Object(_)) | Value::Map(_) => Unexpected::Map,
+        }
     }
 }
 
