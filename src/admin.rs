@@ -19,7 +19,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -27,7 +27,7 @@ use hyper_util::rt::TokioTimer;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, error, warn};
@@ -45,6 +45,9 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 const LARGEST_BODY: usize = 64 * 1024;
+/// So many connections at a time; more wait in the queue of the kernel, so that they take no descriptors from the
+/// listeners. A probe, a scrape and a person need one each.
+const MOST_CONNECTIONS: usize = 128;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the admin listener serves.
@@ -133,19 +136,25 @@ impl Admin {
         // The sender's end is the end of the process.
         let _ = phase.wait_for(|phase| *phase >= self.answers_from).await;
         let admin = Rc::new(self);
+        let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+        let next = async || {
+            // Nobody closes it.
+            let place = Arc::clone(&room).acquire_owned().await.ok();
+            Ok((listener.accept().await?, place))
+        };
         loop {
-            let accepted = tokio::select! {
+            let accepted: io::Result<_> = tokio::select! {
                 biased;
                 Ok(_) = phase.wait_for(|phase| *phase == Phase::Succeeded) => return,
-                accepted = listener.accept() => accepted,
+                accepted = next() => accepted,
             };
             match accepted {
-                Ok((stream, address)) => {
-                    drop(tokio::task::spawn_local(serve(
-                        Rc::clone(&admin),
-                        stream,
-                        address,
-                    )));
+                Ok(((stream, address), place)) => {
+                    let admin = Rc::clone(&admin);
+                    drop(tokio::task::spawn_local(async move {
+                        serve(admin, stream, address).await;
+                        drop(place);
+                    }));
                 }
                 Err(error) => {
                     warn!(%error, "the admin listener cannot accept");
@@ -240,10 +249,10 @@ impl Admin {
     }
 
     async fn explain(&self, request: Request<Incoming>) -> Reply {
-        let question = read::<view::QuestionView>(request).await;
-        match question.and_then(view::QuestionView::into_question) {
+        let question = read(request, view::QuestionView::into_question).await;
+        match question {
             Ok(question) => self.answer_question(&question),
-            Err(reason) => json(StatusCode::BAD_REQUEST, &view::Failure::new(reason)),
+            Err(unusable) => unusable.reply(),
         }
     }
 
@@ -313,13 +322,48 @@ fn variable<'p>(known: &str, path: &'p str) -> Option<&'p str> {
     (!part.is_empty() && !part.contains('/')).then_some(part)
 }
 
-/// Reads the JSON that a request holds; what is wrong with it otherwise.
-async fn read<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, String> {
+/// What a request holds, once it is understood.
+async fn read<J: DeserializeOwned, T>(
+    request: Request<Incoming>,
+    understand: impl FnOnce(J) -> Result<T, String>,
+) -> Result<T, Unusable> {
     let body = Limited::new(request.into_body(), LARGEST_BODY).collect();
     let body = timeout(BODY_TIMEOUT, body).await;
-    let body = body.map_err(|_| format!("the body takes longer than {BODY_TIMEOUT:?}"))?;
-    let body = body.map_err(|error| error.to_string())?;
-    serde_json::from_slice(&body.to_bytes()).map_err(|error| error.to_string())
+    let body = body.map_err(|_| Unusable::Late)?;
+    let body = body.map_err(|error| match error.is::<LengthLimitError>() {
+        true => Unusable::TooLarge,
+        false => Unusable::Malformed(error.to_string()),
+    })?;
+    let json = serde_json::from_slice(&body.to_bytes());
+    let json = json.map_err(|error| Unusable::Malformed(error.to_string()))?;
+    understand(json).map_err(Unusable::Malformed)
+}
+
+/// Why nothing can be done with what a request holds.
+#[derive(Debug)]
+enum Unusable {
+    TooLarge,
+    Late,
+    Malformed(String),
+}
+
+// === impl Unusable ===
+
+impl Unusable {
+    fn reply(self) -> Reply {
+        let (status, reason) = match self {
+            Self::TooLarge => (
+                StatusCode::PAYLOAD_TOO_LARGE,
+                format!("the body has more than {LARGEST_BODY} bytes"),
+            ),
+            Self::Late => (
+                StatusCode::REQUEST_TIMEOUT,
+                format!("the body takes longer than {BODY_TIMEOUT:?}"),
+            ),
+            Self::Malformed(reason) => (StatusCode::BAD_REQUEST, reason),
+        };
+        json(status, &view::Failure::new(reason))
+    }
 }
 
 fn shutting_down() -> Reply {

@@ -4,10 +4,12 @@
 mod discovery;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::SystemTime;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::backend::{Backend, Endpoint, Impediment};
 use crate::config::{ConfigFile, Problem, Problems};
@@ -134,6 +136,7 @@ pub struct WeightsView<'s> {
 #[serde(deny_unknown_fields)]
 pub struct WeightsOrderView {
     /// The weight of each backend of the route.
+    #[serde(deserialize_with = "named_once")]
     pub weights: BTreeMap<String, u64>,
     /// Why, for the log and for those who look at the weights.
     #[serde(default)]
@@ -409,6 +412,32 @@ impl WeightsOrderView {
         }
         Ok(self)
     }
+}
+
+/// A mapping in which no name stands twice: JSON has no rule for which of them counts (RFC 8259 section 4).
+fn named_once<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, u64>, D::Error> {
+    struct NamedOnce;
+
+    impl<'de> Visitor<'de> for NamedOnce {
+        type Value = BTreeMap<String, u64>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a map")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+            let mut map = BTreeMap::new();
+            while let Some((name, weight)) = entries.next_entry::<String, u64>()? {
+                if map.contains_key(&name) {
+                    return Err(A::Error::custom(format!("`{name}` stands there twice")));
+                }
+                map.insert(name, weight);
+            }
+            Ok(map)
+        }
+    }
+
+    from.deserialize_map(NamedOnce)
 }
 
 // === impl Failure ===

@@ -41,12 +41,9 @@ impl Admin {
         let expected = expected(request.headers());
         let (weights, reason) = match *request.method() {
             Method::DELETE => (None, None),
-            _ => match read::<WeightsOrderView>(request)
-                .await
-                .and_then(WeightsOrderView::sound)
-            {
+            _ => match read(request, WeightsOrderView::sound).await {
                 Ok(order) => (Some(order.weights), order.reason),
-                Err(problem) => return json(StatusCode::BAD_REQUEST, &Failure::new(problem)),
+                Err(unusable) => return unusable.reply(),
             },
         };
         self.set_weights(WeightsOrder {

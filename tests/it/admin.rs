@@ -1,7 +1,9 @@
 //! The admin listener.
 
 use std::fs;
+use std::pin::pin;
 
+use futures_util::FutureExt;
 use http::{Method, StatusCode};
 
 use crate::support::{Client, Proxy, Raw, Upstream, eventually, get, shop, single};
@@ -261,4 +263,25 @@ fn the_readme_lists_every_metric_and_no_other() {
         .map(|(name, _)| name)
         .collect();
     assert_eq!(listed, defined);
+}
+
+#[tokio::test]
+async fn connections_beyond_what_the_admin_listener_takes_wait_for_room() {
+    let upstream = Upstream::start("one").await;
+    let proxy = Proxy::start(&single(upstream.address, ""));
+    let mut others = Vec::new();
+    for _ in 0..128 {
+        let mut other = Client::connect(proxy.admin()).await;
+        assert_eq!(other.get("/livez", &[]).await.status, StatusCode::OK);
+        others.push(other);
+    }
+    let mut late = Client::connect(proxy.admin()).await;
+    let mut answer = pin!(late.get("/livez", &[]));
+    // All the others are asked again meanwhile, so that it is not for lack of time.
+    for other in &mut others {
+        assert!(answer.as_mut().now_or_never().is_none());
+        assert_eq!(other.get("/livez", &[]).await.status, StatusCode::OK);
+    }
+    others.pop();
+    assert_eq!(answer.await.status, StatusCode::OK);
 }

@@ -297,6 +297,25 @@ async fn what_does_not_fit_the_route_is_refused_and_changes_nothing() {
     assert_eq!(shop.get().await["source"], "file");
 
     let mut admin = Client::connect(shop.proxy.admin()).await;
+    let twice =
+        r#"{ "weights": { "shop-stable": 1, "shop-canary": 1, "shop-stable": 2 } }"#.to_owned();
+    let large = format!(r#"{{ "reason": "{}" }}"#, "x".repeat(64 * 1024));
+    for (body, status, words) in [
+        (twice, 400, "`shop-stable` stands there twice"),
+        (large, 413, "the body has more than 65536 bytes"),
+    ] {
+        let mut admin = Client::connect(shop.proxy.admin()).await;
+        let headers = [("authorization", &*token)];
+        let reply = admin
+            .send(Method::PUT, WEIGHTS, &headers, body)
+            .await
+            .unwrap();
+        assert_eq!(reply.status, status);
+        let said = reply.json()["error"].as_str().unwrap().to_owned();
+        assert!(said.starts_with(words), "{said}");
+    }
+    assert_eq!(shop.get().await["source"], "file");
+
     let path = "/api/v1/routes/nobody/weights";
     for method in [Method::GET, Method::DELETE] {
         let reply = admin
