@@ -342,3 +342,43 @@ fn read(revision: &Revision) -> Result<Vec<u8>, Failure> {
 fn unreadable(path: &Path, error: &io::Error) -> Failure {
     Failure::Unreadable(format!("{}: {error}", path.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: &str = "listeners: [ { name: web, address: '127.0.0.1:0' } ]
+backends: [ { name: shop, endpoints: [ '127.0.0.1:1' ] } ]
+routes: [ { name: all, backendRefs: [ { name: shop } ] } ]
+";
+
+    #[test]
+    fn lines_that_came_are_told_from_those_that_went() {
+        assert_eq!(changes("a\nb\n", "a\n"), "+0 -1");
+        assert_eq!(changes("a\n", "c\na\nb\n"), "+2 -0");
+        assert_eq!(changes("a\n", "a"), "+1 -1", "the end of a line counts");
+    }
+
+    #[test]
+    fn what_somebody_writes_meanwhile_is_not_overwritten() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, kept) = (
+            directory.path().join("serin.yaml"),
+            directory.path().join("kept"),
+        );
+        let was = format!("# before\n{CONFIG}");
+        let revision = Revision::file_name(1, xxh3_64(was.as_bytes()));
+        fs::create_dir(&kept).unwrap();
+        fs::write(kept.join(revision), &was).unwrap();
+        fs::write(&file, CONFIG).unwrap();
+        let history = History::of(&file, Some(&kept)).unwrap();
+        let rollback = history.back(None).unwrap();
+        fs::write(&file, "somebody else's").unwrap();
+        let refused = rollback.put_back().unwrap_err().to_string();
+        assert!(refused.starts_with("somebody has changed "), "{refused}");
+        assert_eq!(fs::read_to_string(&file).unwrap(), "somebody else's");
+        fs::write(&file, CONFIG).unwrap();
+        rollback.put_back().unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), was);
+    }
+}
