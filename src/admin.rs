@@ -8,6 +8,7 @@ mod exposition;
 pub mod view;
 mod weights;
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -27,7 +28,8 @@ use hyper_util::rt::TokioTimer;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, error, warn};
@@ -45,8 +47,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 const LARGEST_BODY: usize = 64 * 1024;
-/// So many connections at a time; more wait in the queue of the kernel, so that they take no descriptors from the
-/// listeners. A probe, a scrape and a person need one each.
+/// So many connections at a time, so that they leave descriptors to the listeners. Another one is served in place of
+/// the oldest, since whoever holds them must not keep probes out. A probe, a scrape and a person need one each.
 const MOST_CONNECTIONS: usize = 128;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -136,25 +138,25 @@ impl Admin {
         // The sender's end is the end of the process.
         let _ = phase.wait_for(|phase| *phase >= self.answers_from).await;
         let admin = Rc::new(self);
-        let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
-        let next = async || {
-            // Nobody closes it.
-            let place = Arc::clone(&room).acquire_owned().await.ok();
-            Ok((listener.accept().await?, place))
-        };
+        let mut connections: VecDeque<AbortHandle> = VecDeque::new();
         loop {
-            let accepted: io::Result<_> = tokio::select! {
+            let accepted = tokio::select! {
                 biased;
                 Ok(_) = phase.wait_for(|phase| *phase == Phase::Succeeded) => return,
-                accepted = next() => accepted,
+                accepted = listener.accept() => accepted,
             };
             match accepted {
-                Ok(((stream, address), place)) => {
-                    let admin = Rc::clone(&admin);
-                    drop(tokio::task::spawn_local(async move {
-                        serve(admin, stream, address).await;
-                        drop(place);
-                    }));
+                Ok((stream, address)) => {
+                    connections.retain(|connection| !connection.is_finished());
+                    if connections.len() >= MOST_CONNECTIONS
+                        && let Some(oldest) = connections.pop_front()
+                    {
+                        debug!("too many admin connections: the oldest is closed");
+                        oldest.abort();
+                    }
+                    let serving =
+                        tokio::task::spawn_local(serve(Rc::clone(&admin), stream, address));
+                    connections.push_back(serving.abort_handle());
                 }
                 Err(error) => {
                     warn!(%error, "the admin listener cannot accept");
