@@ -4,11 +4,11 @@
 //! control thread, so that no scrape can hold up a request, and never on a data listener.
 //! Everybody who reaches it may read; who may change weights is up to [`access`](crate::access).
 
+mod connections;
 mod exposition;
 pub mod view;
 mod weights;
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -29,13 +29,13 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, error, warn};
 
 use crate::config::watch::ReloadRequest;
 use crate::control::{Change, StatusBoard, Watching};
+use crate::descriptors;
 use crate::explain::{Question, explain};
 use crate::server::Phase;
 use crate::snapshot::Live;
@@ -43,13 +43,14 @@ use crate::stream::Stream;
 use crate::telemetry::metrics::Metrics;
 use crate::tls::certificate;
 
+use connections::{Activity, Connections};
+
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 const LARGEST_BODY: usize = 64 * 1024;
-/// So many connections at a time, so that they leave descriptors to the listeners. Another one is served in place of
-/// the oldest, since whoever holds them must not keep probes out. A probe, a scrape and a person need one each.
-const MOST_CONNECTIONS: usize = 128;
+/// So much more is thrown away of a body that is too large, or its client would lose the answer (RFC 9112 section 9.6).
+const MOST_DISCARDED: usize = 1024 * 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the admin listener serves.
@@ -138,7 +139,8 @@ impl Admin {
         // The sender's end is the end of the process.
         let _ = phase.wait_for(|phase| *phase >= self.answers_from).await;
         let admin = Rc::new(self);
-        let mut connections: VecDeque<AbortHandle> = VecDeque::new();
+        let most = descriptors::admin_connections(descriptors::limit());
+        let mut connections = Connections::new(most);
         loop {
             let accepted = tokio::select! {
                 biased;
@@ -147,16 +149,9 @@ impl Admin {
             };
             match accepted {
                 Ok((stream, address)) => {
-                    connections.retain(|connection| !connection.is_finished());
-                    if connections.len() >= MOST_CONNECTIONS
-                        && let Some(oldest) = connections.pop_front()
-                    {
-                        debug!("too many admin connections: the oldest is closed");
-                        oldest.abort();
-                    }
-                    let serving =
-                        tokio::task::spawn_local(serve(Rc::clone(&admin), stream, address));
-                    connections.push_back(serving.abort_handle());
+                    let state = Rc::<Activity>::default();
+                    let serving = serve(Rc::clone(&admin), stream, address, Rc::clone(&state));
+                    connections.add(tokio::task::spawn_local(serving).abort_handle(), state);
                 }
                 Err(error) => {
                     warn!(%error, "the admin listener cannot accept");
@@ -266,14 +261,15 @@ impl Admin {
     }
 }
 
-async fn serve(admin: Rc<Admin>, stream: TcpStream, address: SocketAddr) {
+async fn serve(admin: Rc<Admin>, stream: TcpStream, address: SocketAddr, state: Rc<Activity>) {
     let accepted = timeout(HANDSHAKE_TIMEOUT, accept(&admin.live, stream, address)).await;
     let (stream, caller) = match accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
         Ok(accepted) => accepted,
         Err(error) => return debug!(%error, %address, "admin connection failed"),
     };
-    let service =
-        service_fn(|request| async { Ok::<_, Infallible>(admin.handle(&caller, request).await) });
+    let service = service_fn(|request| async {
+        Ok::<_, Infallible>(state.during(admin.handle(&caller, request)).await)
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE_TIMEOUT)
@@ -329,16 +325,28 @@ async fn read<J: DeserializeOwned, T>(
     request: Request<Incoming>,
     understand: impl FnOnce(J) -> Result<T, String>,
 ) -> Result<T, Unusable> {
-    let body = Limited::new(request.into_body(), LARGEST_BODY).collect();
-    let body = timeout(BODY_TIMEOUT, body).await;
-    let body = body.map_err(|_| Unusable::Late)?;
-    let body = body.map_err(|error| match error.is::<LengthLimitError>() {
-        true => Unusable::TooLarge,
-        false => Unusable::Malformed(error.to_string()),
-    })?;
-    let json = serde_json::from_slice(&body.to_bytes());
+    let body = timeout(BODY_TIMEOUT, whole(request.into_body())).await;
+    let body = body.unwrap_or(Err(Unusable::Late))?;
+    let json = serde_json::from_slice(&body);
     let json = json.map_err(|error| Unusable::Malformed(error.to_string()))?;
     understand(json).map_err(Unusable::Malformed)
+}
+
+async fn whole(mut body: Incoming) -> Result<Bytes, Unusable> {
+    let error = match Limited::new(&mut body, LARGEST_BODY).collect().await {
+        Ok(whole) => return Ok(whole.to_bytes()),
+        Err(error) => error,
+    };
+    if !error.is::<LengthLimitError>() {
+        return Err(Unusable::Malformed(error.to_string()));
+    }
+    let mut left = MOST_DISCARDED;
+    while left > 0
+        && let Some(Ok(frame)) = body.frame().await
+    {
+        left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+    }
+    Err(Unusable::TooLarge)
 }
 
 /// Why nothing can be done with what a request holds.

@@ -4,9 +4,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{info, warn};
 
 /// What the process needs without any listener, worker or client: standard streams, the runtimes of
-/// its threads, watched directories, files that are read, the access log, the exporter of spans, and some
-/// connections to the admin listener.
-const BASE: u64 = 32;
+/// its threads, watched directories, files that are read, the access log, and the exporter of spans.
+const BASE: u64 = 24;
 
 /// What a worker needs: its runtime.
 const WORKER: u64 = 4;
@@ -32,10 +31,16 @@ pub fn limit() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
+/// The most connections to the admin listener: a few are enough for probes, scrapes and people.
+pub fn admin_connections(limit: u64) -> usize {
+    (limit / 64).clamp(8, 64) as usize
+}
+
 /// The most connections that clients may have: what the process does not need itself, but at least
 /// one.
 pub fn most_connections(limit: u64, workers: usize, listeners: usize) -> usize {
-    let own = BASE + WORKER * workers as u64 + LISTENER * listeners as u64;
+    let admin = admin_connections(limit) as u64;
+    let own = BASE + admin + WORKER * workers as u64 + LISTENER * listeners as u64;
     usize::try_from(limit.saturating_sub(own).max(1)).unwrap_or(usize::MAX)
 }
 
@@ -51,10 +56,10 @@ mod tests {
 
     #[test]
     fn clients_get_half_of_what_is_not_needed_otherwise_and_at_least_one() {
-        assert_eq!(default_connections(1024, 2, 2), (1024 - 46) / 2);
+        assert_eq!(default_connections(1024, 2, 2), (1024 - 54) / 2);
         assert_eq!(default_connections(64, 2, 1), 10);
         assert_eq!(default_connections(20, 2, 1), 1);
-        assert_eq!(default_connections(u64::MAX, 64, 8), usize::MAX / 2 - 156);
+        assert_eq!(default_connections(u64::MAX, 64, 8), usize::MAX / 2 - 184);
         assert_eq!(most_connections(64, 2, 1), 21);
     }
 }

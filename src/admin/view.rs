@@ -5,6 +5,7 @@ mod discovery;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::marker::PhantomData;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::SystemTime;
 
@@ -205,7 +206,7 @@ pub struct QuestionView {
     #[serde(default = "get")]
     method: String,
     /// The headers.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "named_once")]
     headers: BTreeMap<String, String>,
     /// The client's address.
     #[serde(default = "localhost")]
@@ -415,11 +416,13 @@ impl WeightsOrderView {
 }
 
 /// A mapping in which no name stands twice: JSON has no rule for which of them counts (RFC 8259 section 4).
-fn named_once<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, u64>, D::Error> {
-    struct NamedOnce;
+fn named_once<'de, D: Deserializer<'de>, V: Deserialize<'de>>(
+    from: D,
+) -> Result<BTreeMap<String, V>, D::Error> {
+    struct NamedOnce<V>(PhantomData<V>);
 
-    impl<'de> Visitor<'de> for NamedOnce {
-        type Value = BTreeMap<String, u64>;
+    impl<'de, V: Deserialize<'de>> Visitor<'de> for NamedOnce<V> {
+        type Value = BTreeMap<String, V>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             f.write_str("a map")
@@ -427,17 +430,17 @@ fn named_once<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, u64
 
         fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
             let mut map = BTreeMap::new();
-            while let Some((name, weight)) = entries.next_entry::<String, u64>()? {
+            while let Some((name, value)) = entries.next_entry::<String, V>()? {
                 if map.contains_key(&name) {
                     return Err(A::Error::custom(format!("`{name}` stands there twice")));
                 }
-                map.insert(name, weight);
+                map.insert(name, value);
             }
             Ok(map)
         }
     }
 
-    from.deserialize_map(NamedOnce)
+    from.deserialize_map(NamedOnce(PhantomData))
 }
 
 // === impl Failure ===

@@ -266,3 +266,22 @@ routes:
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_64_descriptors_whoever_holds_admin_connections_keeps_out_neither_probes_nor_clients()
+{
+    let upstream = Upstream::start("one").await;
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("serin.yaml");
+    fs::write(&config, with_head(&single(upstream.address, ""))).unwrap();
+    let arguments = ["run", "--config", config.to_str().unwrap()];
+    let mut running = Running::spawn(&mut serin_after("ulimit -n 64", &arguments));
+    let (web, admin) = running.addresses();
+    let mut held = Vec::new();
+    for _ in 0..100 {
+        held.push(Raw::connect(admin).await);
+    }
+    assert_eq!(get(admin, "/livez", &[]).await.text(), "ok\n");
+    assert_eq!(get(web, "/", &[]).await.text(), "one");
+    drop(held);
+}

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
+use tokio::net::TcpSocket;
 
 use crate::support::tls::Authority;
 use crate::support::{
-    Client, Proxy, Reply, Upstream, eventually, eventually_asked, shop, with_head,
+    Client, Proxy, Raw, Reply, Upstream, eventually, eventually_asked, shop, with_head,
 };
 
 const TOKEN: &str = "0123456789abcdef0123456789abcdef";
@@ -488,4 +489,20 @@ async fn weights_take_effect_while_they_cannot_be_saved_and_are_saved_later() {
             .unwrap()
             .contains("shop-canary")
     );
+}
+
+#[tokio::test]
+async fn who_sends_far_too_much_hears_of_it() {
+    let shop = Shop::start().await;
+    let socket = TcpSocket::new_v4().unwrap();
+    // What is not read cannot be sent.
+    socket.set_send_buffer_size(4096).unwrap();
+    let mut raw = Raw::over(socket.connect(shop.proxy.admin()).await.unwrap());
+    let token = bearer(TOKEN);
+    raw.send(&format!(
+        "PUT {WEIGHTS} HTTP/1.1\r\nhost: a\r\nauthorization: {token}\r\ncontent-length: 1000000\r\n\r\n"
+    ))
+    .await;
+    raw.send(&" ".repeat(1_000_000)).await;
+    raw.read_until("HTTP/1.1 413 Payload Too Large\r\n").await;
 }
