@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use diffy::{DiffOptions, Line};
+use diffy::{DiffOptions, Line, PatchFormatter};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::config::Problems;
@@ -189,12 +189,7 @@ impl Rollback<'_> {
     pub fn diff(&self) -> String {
         let file = self.history.file.display().to_string();
         let (before, after) = (text(&self.history.content), text(&self.content));
-        DiffOptions::new()
-            .set_context_len(CONTEXT)
-            .set_original_filename(file)
-            .set_modified_filename(self.revision.to_string())
-            .create_patch(&before, &after)
-            .to_string()
+        diff((&file, &before), (&self.revision.to_string(), &after))
     }
 
     /// Makes the file say what the revision says, if that can still be used. Whoever serves with the file follows it
@@ -287,6 +282,21 @@ impl fmt::Display for Failure {
     }
 }
 
+/// A unified diff of two texts with their names; nothing where they are the same.
+fn diff((name, before): (&str, &str), (new_name, after): (&str, &str)) -> String {
+    let patch = DiffOptions::new()
+        .set_context_len(CONTEXT)
+        .set_original_filename(name.to_owned())
+        .set_modified_filename(new_name.to_owned())
+        .create_patch(before, after);
+    if patch.hunks().is_empty() {
+        return String::new();
+    }
+    // As diff and git write it: a line of context that is empty is a space.
+    let format = PatchFormatter::new().suppress_blank_empty(false);
+    format.fmt_patch(&patch).to_string()
+}
+
 /// What one text has changed of the one before: weights by name, everything else by the number of lines.
 fn changes(before: &str, after: &str) -> String {
     let (old, new) = (weights(before), weights(after));
@@ -357,6 +367,16 @@ routes: [ { name: all, backendRefs: [ { name: shop } ] } ]
         assert_eq!(changes("a\nb\n", "a\n"), "+0 -1");
         assert_eq!(changes("a\n", "c\na\nb\n"), "+2 -0");
         assert_eq!(changes("a\n", "a"), "+1 -1", "the end of a line counts");
+    }
+
+    #[test]
+    fn a_diff_is_one_that_patch_understands() {
+        let (before, after) = ("a\n\nb\r\n", "a\n\nc\r\nd");
+        let expected = "--- my file\n+++ 1\n@@ -1,3 +1,4 @@\n a\n \n-b\r\n+c\r\n+d\n\\ No newline at end of file\n";
+        assert_eq!(diff(("my file", before), ("1", after)), expected);
+        let expected = "--- f\n+++ 1\n@@ -0,0 +1 @@\n+a\n";
+        assert_eq!(diff(("f", ""), ("1", "a\n")), expected);
+        assert_eq!(diff(("f", "a"), ("1", "a")), "");
     }
 
     #[test]
