@@ -401,13 +401,6 @@ impl Node {
         }
     }
 
-    fn entries(&self) -> &[(Key, Self)] {
-        match &self.value {
-            Value::Map(entries) => entries,
-            _ => &[],
-        }
-    }
-
     fn child(&self, step: &Step) -> Option<(Option<&Key>, &Self)> {
         match (&self.value, step) {
             (Value::List(items), Step::Index(index)) => items.get(*index).map(|item| (None, item)),

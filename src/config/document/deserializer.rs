@@ -4,8 +4,8 @@
 //! position: here a list where a mapping belongs is a mistake, and is called one. And who reports a
 //! mistake says where it is.
 //!
-//! What a type asks for is all that it is offered: to go by what stands in the document instead
-//! would compile each type's reading of everything that may stand there.
+//! A type that asks for a mapping, a list, a text or a flag is offered nothing else: to go by what
+//! stands in the document would compile each type's refusal of everything that may stand there.
 
 use std::fmt;
 use std::slice;
@@ -79,13 +79,8 @@ impl<'de> Deserializer<'de> for &'de Node {
                     (None, None, number) => visitor.visit_f64(number.unwrap_or(f64::NAN)),
                 }
             }
-            Value::Scalar(Scalar::Array(_)) | Value::List(_) => {
-                visitor.visit_seq(Items(self.items().iter().enumerate()))
-            }
-            Value::Scalar(Scalar::Object(_)) | Value::Map(_) => visitor.visit_map(Entries {
-                left: self.entries().iter(),
-                value: None,
-            }),
+            Value::Scalar(Scalar::Array(_)) | Value::List(_) => self.deserialize_seq(visitor),
+            Value::Scalar(Scalar::Object(_)) | Value::Map(_) => self.deserialize_map(visitor),
         }
     }
 
@@ -115,8 +110,8 @@ impl<'de> Deserializer<'de> for &'de Node {
 
     fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Misread> {
         match &self.value {
-            Value::Scalar(Scalar::Object(_)) | Value::Map(_) => visitor.visit_map(Entries {
-                left: self.entries().iter(),
+            Value::Map(entries) => visitor.visit_map(Entries {
+                left: entries.iter(),
                 value: None,
             }),
             _ => Err(Misread::invalid_type(self.found(), &visitor)),
@@ -125,9 +120,7 @@ impl<'de> Deserializer<'de> for &'de Node {
 
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Misread> {
         match &self.value {
-            Value::Scalar(Scalar::Array(_)) | Value::List(_) => {
-                visitor.visit_seq(Items(self.items().iter().enumerate()))
-            }
+            Value::List(items) => visitor.visit_seq(Items(items.iter().enumerate())),
             _ => Err(Misread::invalid_type(self.found(), &visitor)),
         }
     }
