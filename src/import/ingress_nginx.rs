@@ -6,7 +6,7 @@
 mod place;
 mod route;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write;
 use std::path::Path as FilePath;
 
@@ -31,6 +31,8 @@ struct Translation<'m> {
     manifests: &'m Manifests,
     /// What is said of backends, by name.
     backends: BTreeMap<String, String>,
+    /// The Ingresses whose users stay with a version.
+    sticky: HashSet<String>,
     notes: Vec<String>,
 }
 
@@ -47,6 +49,7 @@ pub fn import(text: &str) -> Result<Imported, String> {
     let mut translation = Translation {
         manifests: &manifests,
         backends: BTreeMap::new(),
+        sticky: HashSet::new(),
         notes: Vec::new(),
     };
     let groups = translation.groups();
@@ -59,7 +62,7 @@ pub fn import(text: &str) -> Result<Imported, String> {
         mut notes,
         ..
     } = translation;
-    let mut told = std::collections::HashSet::new();
+    let mut told = HashSet::new();
     notes.retain(|note| told.insert(note.clone()));
     let config = write(manifests.ingresses.len(), &backends, &groups);
     let mending = complaints(&config);
@@ -141,7 +144,7 @@ impl<'m> Translation<'m> {
         for (canary, _) in canaries.iter().filter(|(_, is_used)| !is_used) {
             let name = canary.ingress.metadata.full_name();
             self.notes.push(format!(
-                "{name}: no other Ingress has {canary}, so the canary is left out"
+                "{name}: no other Ingress of its namespace has {canary}, so the canary is left out"
             ));
         }
         merge_hosts(groups)
@@ -292,7 +295,7 @@ impl<'m> Translation<'m> {
         let others = self.manifests.ingresses.iter();
         let others = others.filter(|one| one.metadata.namespace == namespace);
         let services = others.flat_map(services_of).filter(|one| one.name == name);
-        let ports: std::collections::HashSet<_> = services
+        let ports: HashSet<_> = services
             .map(|one| (&one.port.name, one.port.number))
             .collect();
         if ports.len() > 1 {
@@ -366,6 +369,7 @@ impl<'m> Translation<'m> {
         let is_sticky = main.annotation("affinity").as_deref() == Some("cookie")
             && main.annotation("affinity-canary-behavior").as_deref() != Some("legacy");
         if is_sticky {
+            self.sticky.insert(main.name());
             self.notes.push(format!(
                 "{name}: users stay with a version by the cookie `serin-id`, and not with one pod by the session cookie"
             ));
@@ -549,6 +553,10 @@ impl<'m> Translation<'m> {
                     self.notes.push(note);
                 } else if is_canary(ingress) {
                     // ingress-nginx has all others from the main Ingress.
+                } else if key == "affinity" && !self.sticky.contains(&name) {
+                    self.notes.push(format!(
+                        "{name}: affinity `{value}` is left out: Serin keeps users with a version, and not with a pod"
+                    ));
                 } else if !translated.contains(&key) {
                     let value = value.lines().next().unwrap_or_default();
                     self.notes
