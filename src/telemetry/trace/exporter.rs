@@ -341,3 +341,77 @@ impl Job {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    use http::{Method, StatusCode};
+
+    use super::*;
+    use crate::discovery;
+    use crate::telemetry::trace::{Protocol, SpanContext};
+
+    /// More than it takes, on any machine.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn span() -> RequestSpan {
+        let now = At::now();
+        RequestSpan {
+            context: SpanContext::begin(None, &mut fastrand::Rng::with_seed(1)),
+            trace_state: "".into(),
+            began: now,
+            ended: now,
+            method: Method::GET,
+            scheme: "http",
+            host: "".into(),
+            path: "/".into(),
+            user_agent: None,
+            protocol: "1.1",
+            tls: None,
+            client: None,
+            target: None,
+            reason: None,
+            rule: None,
+            shielded_by: None,
+            status: StatusCode::OK,
+            grpc_status: None,
+            error: None,
+            has_failed: false,
+            bytes: (0, 0),
+            attempts: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_is_left_for_a_collector_that_is_no_longer_configured_is_waited_for() {
+        let collector = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/v1/traces", collector.local_addr().unwrap());
+        let destination = Destination {
+            url: url.parse().unwrap(),
+            protocol: Protocol::Http,
+            dns: discovery::Settings {
+                min_ttl: PATIENCE,
+                max_ttl: PATIENCE,
+                timeout: PATIENCE,
+                resolvers: Vec::new(),
+            },
+            headers: Vec::new(),
+            tls: None,
+            timeout: PATIENCE,
+            queue: 1,
+            resource: Vec::new(),
+        };
+        let exporters = Exporters::new(&Metrics::new(&[], 1));
+        let exporter = exporters.open(&destination).unwrap();
+        exporter.hand_over(1, span);
+        drop(exporter);
+        assert!(!exporters.flush(Duration::ZERO), "nobody has taken it");
+        let (mut stream, _) = collector.accept().unwrap();
+        assert!(stream.read(&mut [0; 1024]).unwrap() > 0);
+        let taken = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+        stream.write_all(taken).unwrap();
+        assert!(exporters.flush(PATIENCE));
+    }
+}

@@ -5,7 +5,6 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response, StatusCode};
@@ -65,8 +64,6 @@ pub(crate) enum Mood {
     Unwilling,
     /// Says nothing.
     Silent,
-    /// Says nothing as long as it is so.
-    Held,
 }
 
 /// One message, and the fields that it came with.
@@ -212,18 +209,11 @@ impl TraceService for Receiver {
 }
 
 impl State {
-    fn is_held(&self) -> bool {
-        matches!(*self.mood.lock().unwrap(), Mood::Held)
-    }
-
     async fn take(&self, export: Export) -> Result<ExportTraceServiceResponse, Status> {
         self.asked.fetch_add(1, Ordering::SeqCst);
-        while self.is_held() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
         let mood = *self.mood.lock().unwrap();
         let rejected_spans = match mood {
-            Mood::Willing | Mood::Held => 0,
+            Mood::Willing => 0,
             Mood::Choosy(rejected) => rejected,
             Mood::Busy => return Err(Status::unavailable("busy")),
             Mood::Unwilling => return Err(Status::invalid_argument("never")),
