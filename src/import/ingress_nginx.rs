@@ -121,7 +121,7 @@ impl<'m> Translation<'m> {
             });
             for (other, is_used) in fitting {
                 *is_used = true;
-                let name = other.ingress.metadata.full_name();
+                let name = other.name();
                 self.notes.push(format!("{name}: ingress-nginx takes one canary for {main}, and so another one is left out"));
             }
             let stable = self.backend(main, main);
@@ -142,7 +142,7 @@ impl<'m> Translation<'m> {
             }
         }
         for (canary, _) in canaries.iter().filter(|(_, is_used)| !is_used) {
-            let name = canary.ingress.metadata.full_name();
+            let name = canary.name();
             self.notes.push(format!(
                 "{name}: no other Ingress of its namespace has {canary}, so the canary is left out"
             ));
@@ -208,7 +208,7 @@ impl<'m> Translation<'m> {
 
     /// The condition on the path; `None` for one that cannot be translated.
     fn path_match(&mut self, place: &Place<'_>) -> Option<String> {
-        let name = place.ingress.metadata.full_name();
+        let name = place.name();
         let path = &place.path;
         if prefix_of_capture(path).is_some() && place.annotation("rewrite-target").is_some() {
             let prefix = prefix_of_capture(path)?;
@@ -311,7 +311,7 @@ impl<'m> Translation<'m> {
     /// What is spoken with a backend, as more keys of its line.
     fn transport(&mut self, place: &Place<'_>) -> &'static str {
         let protocol = place.annotation("backend-protocol").unwrap_or_default();
-        let name = place.ingress.metadata.full_name();
+        let name = place.name();
         let mut believe = || {
             self.notes.push(format!(
                 "{name}: ingress-nginx believes every certificate of a backend, and so does this; better name the authority with `tls.caFile`"
@@ -338,7 +338,7 @@ impl<'m> Translation<'m> {
     }
 
     fn canary(&mut self, canary: &Place<'_>, main: &Place<'_>, stable: &str) -> Option<Canary> {
-        let name = canary.ingress.metadata.full_name();
+        let name = canary.name();
         let mut number = |key: &str, default: u32| match canary.annotation(key) {
             None => default,
             Some(text) => text.trim().parse().unwrap_or_else(|_| {
@@ -473,7 +473,7 @@ impl<'m> Translation<'m> {
         let Err(error) = Regex::new(&whole) else {
             return Some(whole);
         };
-        let name = canary.ingress.metadata.full_name();
+        let name = canary.name();
         let reason = last_line(&error);
         self.notes.push(format!(
             "{name}: the rule for canary-by-header-pattern `{pattern}` is left out: {reason}"
@@ -483,7 +483,7 @@ impl<'m> Translation<'m> {
 
     /// What else can be said of a route.
     fn more(&mut self, main: &Place<'_>) -> Vec<String> {
-        let name = main.ingress.metadata.full_name();
+        let name = main.name();
         let mut more = Vec::new();
         if let Some(target) = main.annotation("rewrite-target") {
             let replaced = match (prefix_of_capture(&main.path), &*target) {

@@ -18,6 +18,16 @@ fn cpu_seconds(process: u32) -> f64 {
     (ticks(14) + ticks(15)) / 100.0
 }
 
+/// A process with 64 descriptors, for as long as its directory is there.
+fn with_64_descriptors(config: &str) -> (TempDir, Running) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("serin.yaml");
+    fs::write(&path, with_head(config)).unwrap();
+    let arguments = ["run", "--config", path.to_str().unwrap()];
+    let running = Running::spawn(&mut serin_after("ulimit -n 64", &arguments));
+    (directory, running)
+}
+
 async fn ask(client: &mut Raw) {
     client.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
     client.read_until("\r\n\r\none").await;
@@ -26,11 +36,7 @@ async fn ask(client: &mut Raw) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_64_descriptors_500_clients_do_no_harm() {
     let upstream = Upstream::start("one").await;
-    let directory = tempfile::tempdir().unwrap();
-    let config = directory.path().join("serin.yaml");
-    fs::write(&config, with_head(&single(upstream.address, ""))).unwrap();
-    let arguments = ["run", "--config", config.to_str().unwrap()];
-    let mut running = Running::spawn(&mut serin_after("ulimit -n 64", &arguments));
+    let (_directory, mut running) = with_64_descriptors(&single(upstream.address, ""));
     let (web, admin) = running.addresses();
     let mut operator = Client::connect(admin).await;
     let limit = metric(
@@ -117,11 +123,7 @@ async fn with_64_descriptors_many_backends_are_reached_one_after_the_other() {
             "  - {{ name: r{number}, matches: [ {{ path: {{ value: /{number} }} }} ], backendRefs: [ {{ name: b{number} }} ] }}\n"
         );
     }
-    let directory = tempfile::tempdir().unwrap();
-    let config = directory.path().join("serin.yaml");
-    fs::write(&config, with_head(&(text + &routes))).unwrap();
-    let arguments = ["run", "--config", config.to_str().unwrap()];
-    let mut running = Running::spawn(&mut serin_after("ulimit -n 64", &arguments));
+    let (_directory, mut running) = with_64_descriptors(&(text + &routes));
     let (web, _) = running.addresses();
     let clients = (0..8).map(|_| {
         tokio::spawn(async move {
@@ -245,11 +247,7 @@ routes:
         well.address,
         many.join(", ")
     );
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("serin.yaml");
-    fs::write(&path, with_head(&config)).unwrap();
-    let arguments = ["run", "--config", path.to_str().unwrap()];
-    let mut running = Running::spawn(&mut serin_after("ulimit -n 64", &arguments));
+    let (_directory, mut running) = with_64_descriptors(&config);
     let (_, admin) = running.addresses();
     let mut operator = Client::connect(admin).await;
     loop {
@@ -271,11 +269,7 @@ routes:
 async fn with_64_descriptors_whoever_holds_admin_connections_keeps_out_neither_probes_nor_clients()
 {
     let upstream = Upstream::start("one").await;
-    let directory = tempfile::tempdir().unwrap();
-    let config = directory.path().join("serin.yaml");
-    fs::write(&config, with_head(&single(upstream.address, ""))).unwrap();
-    let arguments = ["run", "--config", config.to_str().unwrap()];
-    let mut running = Running::spawn(&mut serin_after("ulimit -n 64", &arguments));
+    let (_directory, mut running) = with_64_descriptors(&single(upstream.address, ""));
     let (web, admin) = running.addresses();
     let mut held = Vec::new();
     for _ in 0..100 {

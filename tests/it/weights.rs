@@ -506,3 +506,15 @@ async fn who_sends_far_too_much_hears_of_it() {
     raw.send(&" ".repeat(1_000_000)).await;
     raw.read_until("HTTP/1.1 413 Payload Too Large\r\n").await;
 }
+
+#[tokio::test]
+async fn who_sends_too_slowly_hears_of_it() {
+    let shop = Shop::start().await;
+    let mut raw = Raw::connect(shop.proxy.admin()).await;
+    let token = bearer(TOKEN);
+    raw.send(&format!(
+        "PUT {WEIGHTS} HTTP/1.1\r\nhost: a\r\nauthorization: {token}\r\ncontent-length: 2\r\n\r\n{{"
+    ))
+    .await;
+    raw.read_until("HTTP/1.1 408 Request Timeout\r\n").await;
+}
